@@ -1,0 +1,1652 @@
+"""PPO on Atari, paid by a reward model that is learned from comparisons of short clips.
+
+"Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, in one file:
+
+    label L(0) pairs of segments from the untrained policy, fit the ensemble to them
+    for each iteration
+        roll the policy out                                   the agent never sees env_rewards, score, lives, ends
+        pred_rewards  = the ensemble's, normalised, averaged  one model, one batch, just before the advantages
+        advantages, returns = compute_gae(pred_rewards, values, ...)
+        update_policy
+        when enough labels are due: ask about the most disputed pairs of segments from the recent pool
+        store each answer with a copy of its clips
+        update_reward_model on minibatches from the label window, then renew its statistics
+
+    python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
+    python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps (40M frames); the oracle answers by the score
+    python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
+
+Where this differs from the paper, and why:
+  * PPO instead of A2C: more return per step of the simulator. The sibling a2c_atari_rlhf.py has the paper's algorithm.
+  * 10M agent steps instead of 50M; labels per run are the paper's, so they come five times as densely.
+  * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
+  * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).
+  * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
+  * Dropout drops whole channels: a CPU draws 784 times fewer random numbers, held-out loss is no worse.
+  * Lives are hidden besides the score: a falling counter tells of the ends that the paper hides.
+"""
+
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+
+def fail(message: str):
+    """End on bad input: one sentence on stderr, exit code 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+Ablation = Literal[
+    "none", "random-queries", "no-ensemble", "no-online-queries", "no-regularization", "no-segments", "target"
+]
+
+
+@dataclass
+class Args:
+    # Run
+    oracle: bool = False
+    """reward learned from a synthetic oracle's answers (one of --oracle, --human, --true-reward is needed)"""
+    human: bool = False
+    """reward learned from people's answers"""
+    true_reward: bool = False
+    """no reward learning: the baseline, paid by the clipped score"""
+    seed: int = 1
+    """seed of everything: two runs with the same arguments end in the same parameters (on a CPU)"""
+    total_timesteps: int = 10_000_000
+    """agent steps (4 emulator frames each) over all environments; rounded up to whole rollouts"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", …; auto takes a GPU where there is one"""
+    torch_threads: int | None = None
+    """threads of PyTorch on the CPU; default: as many as this process may use"""
+    env_threads: int | None = None
+    """threads of the emulator; default: as many as this process may use"""
+    bf16: bool = True
+    """convolutions in bfloat16 (heads and losses stay in float32) where the hardware has it"""
+    compile: bool = True
+    """compile the policy's minibatch loss where a C++ compiler is found; takes about half a minute at the start"""
+    runs_dir: str = "runs"
+    """where the run's own directory is made"""
+    resume: str | None = None
+    """continue the run in this directory, with that run's arguments; exact to the bit on a CPU"""
+    evaluate: str | None = None
+    """no training: score, video and predicted-against-true figure of the run in this directory"""
+    random: bool = False
+    """with --evaluate: score the uniformly random policy instead"""
+
+    # Environment
+    env_id: str = "ALE/Pong-v5"
+    """any ALE game"""
+    num_envs: int = 16
+    """environments stepped in parallel"""
+    repeat_action_probability: float = 0.0
+    """sticky actions; 0 as in the paper, 0.25 is ALE's later recommendation"""
+    reset_every: int = 100
+    """updates after which all environments start anew; a resumed run replays the actions since then"""
+
+    # Policy optimisation (CleanRL's ppo_atari.py but for: 16 environments, 3 epochs, minibatches of 512, entropy 0.02)
+    learning_rate: float = 2.5e-4
+    """learning rate of the policy's Adam"""
+    anneal_lr: bool = True
+    """let that rate fall linearly to zero"""
+    num_steps: int = 128
+    """steps per environment in one rollout"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalized advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 3
+    """passes over each rollout"""
+    norm_adv: Literal["minibatch", "rollout", "center"] = "minibatch"
+    """advantages: zero mean and unit std per minibatch, or per rollout, or only zero mean per rollout"""
+    clip_coef: float = 0.1
+    """PPO's clipping of the probability ratio"""
+    clip_vloss: bool = True
+    """clip the value loss likewise"""
+    ent_coef: float = 0.02
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+
+    # Reward model
+    num_members: int = 3
+    """predictors in the ensemble"""
+    reward_learning_rate: float = 3e-4
+    """learning rate of the ensemble's Adam"""
+    reward_minibatch_size: int = 16
+    """pairs of clips per minibatch of the reward model"""
+    pairs_per_step: float = 1 / 32
+    """label presentations to the reward model per environment step; the paper's is 0.1"""
+    pretrain_pairs: int = 12_000
+    """label presentations before the first policy update at most; ends sooner when the held-out loss stops falling"""
+    dropout: float = 0.5
+    """share of channels dropped after every convolution of the reward model"""
+    l2_coef: float = 1e-4
+    """weight decay to start with; adapted per member so that held-out / training loss stays in [1.1, 1.5]"""
+    label_window: int = 3000
+    """the reward model trains on the newest labels only"""
+    reward_std: float = 0.05
+    """standard deviation of the reward that the policy is paid"""
+    reward_std_floor: float = 0.05
+    """a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise"""
+
+    # Preferences
+    labels: int | None = None
+    """label budget: new labels of this run; 5,500 unless --true-reward"""
+    segment_length: int = 25
+    """steps per clip: 25 are 1.7 seconds at 15 frames per second"""
+    ablation: Ablation = "none"
+    """the paper's ablations"""
+    query_pool_steps: int = 20_000
+    """segments are drawn from the last so many steps"""
+    query_batch: int = 16
+    """ask as soon as so many labels are due"""
+    query_candidates: int = 10
+    """candidate pairs per pair asked; those on which the ensemble disagrees most are taken"""
+    oracle_clip: bool = True
+    """the oracle sums sign(reward), as the paper's agents are paid; --no-oracle-clip sums the raw score"""
+    oracle_end_penalty: float | None = None
+    """the oracle takes this off for a lost life or a game over; default 1, in Pong 0 (the paper gives no number)"""
+    teacher_beta: float = math.inf
+    """imperfect teacher (B-Pref): answers are drawn from sigmoid(beta * difference)"""
+    teacher_gamma: float = 1.0
+    """imperfect teacher: weight gamma^(L-1-t) on step t, so early steps are forgotten"""
+    teacher_mistake: float = 0.0
+    """imperfect teacher: probability that a decided answer is flipped"""
+    teacher_skip: float = 0.0
+    """imperfect teacher: no answer if both sums lie below this quantile of the last 1,000 sums"""
+    teacher_equal: float = 0.0
+    """imperfect teacher: "equal" if the sums differ by less than this times the std of the last 1,000 sums"""
+    preferences: str | None = None
+    """run directory whose labels this run starts from"""
+    reward_model: str | None = None
+    """run directory whose reward model pays this run's agent, unchanged; needs --labels 0"""
+
+    # Logging and checkpoints
+    track: bool = False
+    """log to Weights & Biases too (TensorBoard is always written)"""
+    wandb_project_name: str = "rlhf"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B team"""
+    log_every: int = 10
+    """updates between two progress lines"""
+    eval_every: int = 0
+    """updates between two evaluations during training; 0 evaluates at the end only"""
+    eval_episodes: int = 10
+    """episodes per evaluation"""
+    checkpoint_every: int = 50
+    """updates between two checkpoints"""
+
+    @property
+    def feedback(self) -> str:
+        return "oracle" if self.oracle else "human" if self.human else "true-reward"
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        size, rest = divmod(self.batch_size, self.num_minibatches)
+        if rest:
+            fail(f"--num-minibatches {self.num_minibatches} does not divide the rollout of {self.batch_size} steps")
+        return size
+
+    @property
+    def num_iterations(self) -> int:
+        return math.ceil(self.total_timesteps / self.batch_size)
+
+    @property
+    def clip_length(self) -> int:
+        return 1 if self.ablation == "no-segments" else self.segment_length
+
+    @property
+    def members(self) -> int:
+        return 1 if self.ablation == "no-ensemble" else self.num_members
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows per environment in the query pool: 3 more, since a segment needs the frames before its first stack."""
+        return math.ceil(self.query_pool_steps / self.num_envs) + 3
+
+    @property
+    def initial_labels(self) -> int:
+        if self.ablation == "no-online-queries":
+            return self.labels
+        return 0 if self.preferences else min(500, self.labels // 4)
+
+    @property
+    def query_limit(self) -> int:
+        """Pairs asked at one occasion at most: their segments fill half of the pool, without overlap."""
+        return (self.pool_rows - 3) * self.num_envs // (4 * self.clip_length)
+
+
+def check_args(args: Args) -> None:
+    """Refuse what can't be trained, in one sentence and before anything is written; fill in what depends on the rest."""
+    if args.oracle + args.human + args.true_reward != 1:
+        fail("give exactly one of --oracle, --human and --true-reward")
+    if args.human:
+        fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
+    if args.env_id not in gym.registry or not args.env_id.startswith("ALE/"):
+        games = [name for name in gym.registry if name.startswith("ALE/")]
+        near = difflib.get_close_matches(args.env_id, games, 3, 0.4)
+        fail(f"{args.env_id} is not an ALE game; did you mean {' or '.join(near or ['ALE/Pong-v5'])}?")
+    if args.labels is None:
+        args.labels = 0 if args.true_reward else 5500
+    if args.labels < 0:
+        fail(f"--labels {args.labels} is negative")
+    for field in fields(args):
+        value, name = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        if field.type in ("int", int) and field.name not in ("seed", "labels", "eval_every") and value < 1:
+            fail(f"{name} {value} must be at least 1")
+        probabilities = ("repeat_action_probability", "gamma", "gae_lambda", "dropout")
+        if field.name in probabilities or field.name.startswith("teacher_") and field.name != "teacher_beta":
+            if not 0 <= value <= 1:
+                fail(f"{name} {value} lies outside [0, 1]")
+        elif field.type in ("float", float) and (math.isnan(value) or value < 0):
+            fail(f"{name} {value} must be at least 0")
+    if args.seed < 0 or args.eval_every < 0 or args.dropout == 1:
+        fail("--seed and --eval-every can't be negative, nor --dropout 1")
+    if args.true_reward and (args.labels or args.preferences or args.reward_model or args.ablation != "none"):
+        fail("--true-reward learns no reward: it takes no --labels, --preferences, --reward-model or --ablation")
+    if args.reward_model and (args.labels or args.preferences):
+        fail("--reward-model is used as it is: it takes --labels 0 and no --preferences")
+    if not (args.labels or args.true_reward or args.preferences or args.reward_model):
+        fail("--labels 0 leaves nothing to learn from: give --preferences or --reward-model")
+    teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
+    if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
+        fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
+    args.minibatch_size  # fails where the division is inexact
+    if args.oracle_end_penalty is None:
+        args.oracle_end_penalty = 0.0 if "Pong" in args.env_id else 1.0
+    if args.labels:
+        # Initial pairs come from 4 L fresh steps each, later ones from the pool, query_limit at one occasion.
+        initial_updates = math.ceil(args.initial_labels * 4 * args.clip_length / args.batch_size)
+        online_updates = args.num_iterations - initial_updates
+        askable = args.initial_labels + max(online_updates, 0) * args.query_limit
+        if args.query_limit < 1 or online_updates < 1 or args.labels > askable:
+            fail(
+                f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
+                f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
+            )
+    for name in ("preferences", "reward_model"):
+        if getattr(args, name) and not (Path(getattr(args, name)) / "args.json").is_file():
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not a run directory")
+    if args.device != "auto":
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError):
+            fail(f"--device {args.device} is not available")
+
+
+def resolve_hardware(args: Args) -> None:
+    """Replace "as fits this machine" by what that is, so that args.json and a resumed run name the same numbers."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.torch_threads = args.torch_threads or cores
+    args.env_threads = args.env_threads or cores
+    on_cuda = args.device.startswith("cuda")
+    args.bf16 &= torch.cuda.is_bf16_supported() if on_cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if args.compile and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        print("no C++ compiler found: the policy update runs uncompiled, about a fifth slower")
+        args.compile = False
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line; W&B sweeps write `--oracle=True`, which tyro spells `--oracle`."""
+    argv = sys.argv[1:] if argv is None else argv
+    spelled = r"^--(?:no-)?([\w-]+)=(True|False)$"
+    argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
+    source = args.resume or args.evaluate
+    if not source:
+        check_args(args)
+        return args
+    kept = {"device", "torch_threads", "env_threads", "track", "wandb_project_name", "wandb_entity"}
+    kept |= {"evaluate", "random", "eval_episodes", "seed"} if args.evaluate else {"resume"}
+    if given - kept:
+        flag = min(given - kept).replace("_", "-")
+        fail(f"--{'resume' if args.resume else 'evaluate'} takes its arguments from the run: --{flag} can't be changed")
+    saved = Args(**read_run(source)["args"])
+    for name in given:
+        setattr(saved, name, getattr(args, name))
+    saved.resume, saved.evaluate = args.resume, args.evaluate
+    return saved
+
+
+def read_run(run_dir: str) -> dict:
+    """Read a run directory's args.json; ends with exit code 2 if it is missing, broken or another script's."""
+    try:
+        run = json.loads((Path(run_dir) / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
+    if run.get("script") != Path(__file__).stem:
+        fail(f"{run_dir} was written by {run.get('script')}, not by {Path(__file__).stem}")
+    return run
+
+
+def read_checkpoint(run_dir: str, device: str) -> dict:
+    """Read checkpoint.pt (tensors, numbers and strings only: nothing in it can run code)."""
+    try:
+        return torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"{run_dir} has no checkpoint.pt yet")
+    except Exception as error:  # a truncated file fails in as many ways as it has bytes
+        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environment
+# ----------------------------------------------------------------------------------------------------------------------
+# What would give the reward away is painted black: score, lives, level (appendix A.2; Seaquest's oxygen stays).
+# Inclusive rows and columns of the raw 210 x 160 screen, whole bands where digits grow to the left.
+HUD = {
+    "beam_rider": [(10, 28, 0, 159), (32, 39, 20, 30), (183, 189, 32, 45)],
+    "breakout": [(5, 14, 0, 159)],
+    "enduro": [(161, 190, 48, 111)],
+    "pong": [(1, 20, 0, 159)],
+    "qbert": [(6, 12, 0, 70), (16, 27, 33, 48)],
+    "seaquest": [(9, 16, 0, 104), (22, 29, 58, 80)],
+    "space_invaders": [(10, 19, 0, 159)],
+}
+
+
+def game_name(env_id: str) -> str:
+    """ "ALE/SpaceInvaders-v5" -> "space_invaders", the name of the ROM."""
+    return gym.spec(env_id).kwargs["game"]
+
+
+def hud_boxes(env_id: str, height: int = 84, width: int = 84) -> list[tuple[slice, slice]]:
+    """The game's HUD on a screen of this size, rounded outward: a pixel mixed from any HUD pixel is hidden."""
+    return [
+        (
+            slice(math.floor(top * height / 210), math.ceil((bottom + 1) * height / 210)),
+            slice(math.floor(left * width / 160), math.ceil((right + 1) * width / 160)),
+        )
+        for top, bottom, left, right in HUD.get(game_name(env_id), [])
+    ]
+
+
+def hide(frames: np.ndarray, boxes: list[tuple[slice, slice]]) -> np.ndarray:
+    """Paint the boxes black, in place. frames: (..., height, width) uint8."""
+    for rows, columns in boxes:
+        frames[..., rows, columns] = 0
+    return frames
+
+
+def make_envs(args: Args, num_envs: int, **kwargs) -> AtariVectorEnv:
+    """ALE's own vector environment: (N, 4, 84, 84) grey, frameskip 4, maximum of two frames, up to 30 no-ops.
+
+    No reward clipping and no end at a lost life: both are derived from the raw reward and the lives, in `train`.
+    SAME_STEP: every row is a real step (the default inserts one with reward 0 after each end). FIRE is pressed at a
+    reset, not after every lost life as CleanRL does: the agent has the button.
+    """
+    return AtariVectorEnv(
+        game_name(args.env_id),
+        num_envs,
+        num_threads=min(args.env_threads, num_envs),
+        repeat_action_probability=args.repeat_action_probability,
+        reward_clipping=False,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        **kwargs,
+    )
+
+
+def derive_seed(*key: int) -> int:
+    """A 31-bit seed from (run seed, purpose, index): purposes never share a stream."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def oracle_rewards_of(env_rewards, penalised, args: Args) -> np.ndarray:
+    """What the oracle adds up: sign(reward) or the raw reward, less a penalty for each lost life or game over.
+
+    env_rewards, penalised: (T, N); penalised is True where a life or the game was lost, not at time limits.
+    """
+    rewards = np.sign(env_rewards) if args.oracle_clip else env_rewards
+    return (rewards - args.oracle_end_penalty * penalised).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy
+# ----------------------------------------------------------------------------------------------------------------------
+def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Policy and value on the network of Mnih et al. 2015. x: (B, 4, 84, 84) uint8."""
+
+    def __init__(self, num_actions: int, bf16: bool):
+        super().__init__()
+        self.bf16 = bf16
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), std=1)
+
+    def hidden(self, x):
+        dtype = torch.bfloat16 if self.bf16 else torch.float32  # bfloat16 holds 0...255 exactly
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(x.to(dtype, memory_format=torch.channels_last) / 255).float()
+
+    def get_value(self, x):
+        return self.critic(self.hidden(x)).flatten()
+
+    def get_action_and_value(self, x, action=None, generator=None):
+        hidden = self.hidden(x)
+        logprobs = self.actor(hidden).log_softmax(-1)
+        probs = logprobs.exp()
+        if action is None:  # the race of exponential clocks draws from probs; multinomial would wait for the GPU
+            action = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return action, logprob, -(probs * logprobs).sum(-1), self.critic(hidden).flatten()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward model
+# ----------------------------------------------------------------------------------------------------------------------
+class RewardEnsemble(nn.Module):
+    """All members of the ensemble in one batched pass (sections 2.2.3 and A.2).
+
+    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm, leaky ReLU and dropout,
+    then 64 units and one output. The first convolution is dense (all members read the same frames), the others
+    are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
+    """
+
+    def __init__(self, members: int, dropout: float, l2_coef: float, bf16: bool):
+        super().__init__()
+        self.members, self.bf16 = members, bf16
+        layers, channels_in, groups = [], 4, 1
+        for kernel, stride in ((7, 3), (5, 2), (3, 1), (3, 1)):
+            layers += [
+                # no bias: batch norm would take it out again
+                nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
+                nn.BatchNorm2d(16 * members),
+                nn.LeakyReLU(0.01),
+                nn.Dropout2d(dropout),
+            ]
+            channels_in, groups = 16 * members, members
+        self.network = nn.Sequential(*layers)
+        bound = 1 / math.sqrt(16 * 7 * 7)
+        self.hidden_weight = nn.Parameter(torch.empty(members, 16 * 7 * 7, 64).uniform_(-bound, bound))
+        self.hidden_bias = nn.Parameter(torch.zeros(members, 1, 64))
+        self.out_weight = nn.Parameter(torch.empty(members, 64, 1).uniform_(-1 / 8, 1 / 8))
+        # No output bias: a constant cancels in every comparison, and the normaliser takes it out.
+        # Normaliser and the adaptive weight decay are part of the model: saved, restored and frozen with it.
+        self.register_buffer("mean", torch.zeros(members))
+        self.register_buffer("std", torch.ones(members))
+        self.register_buffer("average_std", torch.ones(()))
+        self.register_buffer("renewals", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("l2_coef", torch.full((members,), l2_coef))
+        self.register_buffer("decisive", torch.zeros(2, 3, members))  # running `decisive_sums`
+
+    def forward(self, x):
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            h = self.network(x.to(dtype, memory_format=torch.channels_last) / 255)
+        h = h.reshape(len(x), self.members, -1).transpose(0, 1).float()  # (M, B, 784)
+        h = F.leaky_relu(torch.baddbmm(self.hidden_bias, h, self.hidden_weight), 0.01)
+        return torch.bmm(h, self.out_weight).squeeze(-1).T
+
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that decay, each (M, ...): neither biases nor batch norm."""
+        convolutions = [layer.weight for layer in self.network if isinstance(layer, nn.Conv2d)]
+        return [weight.reshape(self.members, -1) for weight in (*convolutions, self.hidden_weight, self.out_weight)]
+
+    @torch.no_grad()
+    def score(self, x, batch: int = 512) -> torch.Tensor:
+        """Raw rewards (B, M) in evaluation mode; moves no statistics."""
+        self.eval()
+        return torch.cat([self(part) for part in x.split(batch)])
+
+    def normalise(self, raw, floor: float, reward_std: float) -> torch.Tensor:
+        """(B, M) raw -> (B,) reward: each member normalised, then averaged, then scaled to reward_std (section 2.2.1).
+
+        The average of members that don't agree has less than unit std, 1 / sqrt(M) if they are independent; that much
+        is scaled back up. What is smaller still is the floor's doing: an uninformed model pays little.
+        """
+        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
+
+    @torch.no_grad()
+    def renew_statistics(self, x, floor: float, smoothing: float = 0.5):
+        """Mean and std of each member, and std of their average, over recent rows (B, 4, 84, 84), smoothed."""
+        raw = self.score(x)
+        keep = smoothing if self.renewals else 0.0
+        self.mean.lerp_(raw.mean(0), 1 - keep)
+        self.std.lerp_(raw.std(0), 1 - keep)
+        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        self.average_std.lerp_(average.std(), 1 - keep)
+        self.renewals += 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preferences
+# ----------------------------------------------------------------------------------------------------------------------
+def frames_to_stacks(frames, history):
+    """(n, L+3, 84, 84) frames and (n, L) history -> (n L, 4, 84, 84) stacks, as the environment gave them.
+
+    history: how many frames of the same episode lie before a row, at most 3. What lies before a reset is zero in a
+    stack: an unfold alone would show the last episode's frames there.
+    """
+    length = history.shape[1]
+    stacks = torch.stack([frames[:, i : i + length] for i in range(4)], 2)  # (n, L, 4, 84, 84), newest frame last
+    age = torch.arange(3, -1, -1, device=frames.device, dtype=torch.uint8)
+    return stacks.mul_((history.unsqueeze(-1) >= age)[..., None, None]).flatten(0, 1)
+
+
+class SegmentPool:
+    """The last rows of every environment's stream, from which segments are drawn. Row numbers count from the start
+    of the run; a row lies at its number modulo the pool's size. A row is (o_t, r_t) with o_t's newest frame only."""
+
+    def __init__(self, rows: int, num_envs: int, device):
+        self.frames = torch.empty(rows, num_envs, 84, 84, dtype=torch.uint8, device=device)
+        self.history = torch.zeros(rows, num_envs, dtype=torch.uint8, device=device)
+        self.oracle_rewards = torch.zeros(rows, num_envs, device=device)
+        self.pred_rewards = torch.zeros(rows, num_envs, device=device)
+        self.count = 0  # rows per environment since the start of the run
+
+    def add(self, frames, history, oracle_rewards, pred_rewards):
+        """Append a rollout: (T, N, ...) each. Only the newest rows fit."""
+        rows = len(self.frames)
+        at = (torch.arange(len(frames), device=frames.device) + self.count)[-rows:] % rows
+        for mine, new in (
+            (self.frames, frames),
+            (self.history, history),
+            (self.oracle_rewards, oracle_rewards),
+            (self.pred_rewards, pred_rewards),
+        ):
+            mine[at] = new[-rows:]
+        self.count += len(frames)
+
+    def first_start(self) -> int:
+        """The oldest row whose stack can still be built: the three frames before it are there, or never existed."""
+        return max(0, self.count - len(self.frames) + 3)
+
+    def gather(self, name: str, starts: np.ndarray, first: int, last: int) -> torch.Tensor:
+        """Rows start+first ... start+last-1 of a stream. starts: (n, 2) of (environment, row)."""
+        envs, rows = torch.as_tensor(starts, device=self.frames.device).unbind(1)
+        at = (rows[:, None] + torch.arange(first, last, device=rows.device)) % len(self.frames)
+        return getattr(self, name)[at, envs[:, None]]
+
+    def clips(self, starts: np.ndarray, length: int):
+        """Copies of the segments at starts: frames (n, L+3, 84, 84) and history (n, L)."""
+        return self.gather("frames", starts, -3, length), self.gather("history", starts, 0, length)
+
+
+def sample_pairs(rng, num: int, first: int, last: int, num_envs: int) -> np.ndarray:
+    """Pairs of segments, (num, 2, 2) of (environment, start row); every start in first...last is equally likely."""
+    envs = rng.integers(num_envs, size=(num, 2))
+    return np.stack([envs, rng.integers(first, last + 1, size=(num, 2))], -1)
+
+
+def take_disjoint(pairs: np.ndarray, num: int, length: int, taken: set) -> np.ndarray:
+    """The first num pairs of which no row is used twice, neither within a pair nor between pairs; (<= num, 2, 2).
+
+    taken: the (environment, row) used already in this batch of queries; it grows by what is taken here. So a segment
+    never meets itself. That a pair never comes twice is for the caller's choice of candidates.
+    """
+    chosen = []
+    for pair in pairs:
+        rows = {(int(env), int(start) + t) for env, start in pair for t in range(length)}
+        if len(rows) == 2 * length and not rows & taken:
+            chosen.append(pair)
+            taken |= rows
+            if len(chosen) == num:
+                break
+    return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
+
+
+def preference_probability(difference):
+    """P[clip 0 preferred] of Bradley-Terry with 10 % uniformly random answers: 0.9 sigma + 0.05 (section 2.2.3)."""
+    return 0.9 * torch.sigmoid(difference) + 0.05
+
+
+def preference_loss(difference, mu):
+    """Cross-entropy of the answers. difference: (B, M) of predicted segment sums; mu: (B,), ties 1/2. Out: (B, M).
+
+    Stable for any difference: the logarithms' arguments are at least 0.05, and a confidently contradicted label has
+    gradient 0 where plain Bradley-Terry has 1.
+    """
+    mu = mu.unsqueeze(-1)
+    return -mu * preference_probability(difference).log() - (1 - mu) * preference_probability(-difference).log()
+
+
+def target_loss(sums, returns):
+    """Ablation `target`: both clips' sums regressed on the true ones. (B, 2, M), (B, 2) -> (B, M)."""
+    return (sums - returns.unsqueeze(-1)).square().mean(1)
+
+
+def label_losses(sums, mu, returns, ablation: str):
+    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); returns: (B, 2)."""
+    return target_loss(sums, returns) if ablation == "target" else preference_loss(sums[:, 0] - sums[:, 1], mu)
+
+
+def disagreement(sums, ablation: str):
+    """Variance over members of the predicted preference (of the predicted difference for `target`). (B, 2, M) -> (B,)"""
+    difference = sums[:, 0] - sums[:, 1]
+    return (difference if ablation == "target" else preference_probability(difference)).var(-1, correction=0)
+
+
+def bootstrap_weights(label_ids, members: int) -> np.ndarray:
+    """Poisson(1) weight of each label for each member, (n, M): the bootstrap of a set that still grows.
+
+    Depends on nothing but (label, member). Weight 0, of probability 1/e, holds the label out for that member for
+    ever (section 2.2.3), whether it is saved, loaded or leaves the window.
+    """
+    draws = [[np.random.default_rng((i, m)).poisson(1.0) for m in range(members)] for i in label_ids]
+    return np.array(draws, dtype=np.float32).reshape(-1, members)
+
+
+def teacher_answers(rng, rewards, recent_sums, args: Args):
+    """Answers of the oracle, or of an imperfect teacher after B-Pref (Lee et al. 2021).
+
+    rewards: (n, 2, L), what the oracle adds up. recent_sums: the last 1,000 segment sums. Out: mu (n,), the
+    probability that clip 0 is preferred: 1, 0 or 1/2 for "equal"; and skipped (n,). Equal sums are always ties.
+    B-Pref's thresholds are a share of the mean return, which turns around where rewards are negative; here `equal`
+    is a share of the sums' standard deviation, and `skip` is a quantile of the sums.
+    """
+    sums = rewards.sum(-1)
+    weighted = rewards * args.teacher_gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
+    difference = weighted[:, 0].sum(-1) - weighted[:, 1].sum(-1)
+    if math.isinf(args.teacher_beta):
+        prefers_first = difference > 0
+    else:
+        p = 0.5 * (1 + np.tanh(0.5 * args.teacher_beta * difference))  # sigmoid that can't overflow
+        prefers_first = rng.random(len(sums)) < p
+    mu = np.where(difference == 0, 0.5, prefers_first)
+    flipped = rng.random(len(sums)) < args.teacher_mistake
+    mu = np.where(flipped, 1 - mu, mu)
+    if len(recent_sums):
+        mu = np.where(np.abs(sums[:, 0] - sums[:, 1]) < args.teacher_equal * np.std(recent_sums), 0.5, mu)
+        skipped = (sums < np.quantile(recent_sums, args.teacher_skip)).all(1) & (args.teacher_skip > 0)
+    else:
+        skipped = np.zeros(len(sums), dtype=bool)
+    return mu.astype(np.float32), skipped
+
+
+def label_schedule(step: int, total_steps: int, initial: int, budget: int) -> int:
+    """Labels due after `step` environment steps: the rate falls like 1 / (T + tau), tau = total / 10 (A.1, A.2)."""
+    return int(initial + (budget - initial) * math.log1p(10 * step / total_steps) / math.log(11) + 1e-6)
+
+
+class Preferences:
+    """The newest labels, each with copies of its two clips, and the files that hold all labels ever given.
+
+    A shard preferences/<first label>.npz is written once, when its answers come in, and never changed: arrays frames
+    (n, 2, L+3, 84, 84) uint8, history (n, 2, L) uint8, mu (n,), returns (n, 2), segments (n, 2, 2) of (environment,
+    row) in the run that asked. `count` labels were added so far; label i has id i, and lies at i % capacity here.
+    """
+
+    def __init__(self, folder: Path, capacity: int, length: int, members: int, device):
+        self.folder, self.capacity, self.members, self.device, self.count = folder, capacity, members, device, 0
+        self.frames = torch.empty(capacity, 2, length + 3, 84, 84, dtype=torch.uint8, device=device)
+        self.history = torch.empty(capacity, 2, length, dtype=torch.uint8, device=device)
+        self.mu = torch.empty(capacity, device=device)
+        self.returns = torch.empty(capacity, 2, device=device)
+        self.segments = np.empty((capacity, 2, 2), dtype=np.int64)
+        self.weights = torch.empty(capacity, members, device=device)
+
+    def __len__(self):
+        return min(self.count, self.capacity)
+
+    def save(self, **arrays):
+        """Write a shard: beside, flushed, then renamed, so that a name stands for whole content."""
+        path = self.folder / f"{self.count:08d}.npz"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def add(self, frames, history, mu, returns, segments, save: bool = True):
+        """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
+        if save:
+            self.save(frames=frames, history=history, mu=mu, returns=returns, segments=segments)
+        ids = np.arange(self.count, self.count + len(mu))[-self.capacity :]
+        at = torch.as_tensor(ids % self.capacity, device=self.device)
+        for mine, new in (
+            (self.frames, frames),
+            (self.history, history),
+            (self.mu, mu),
+            (self.returns, returns),
+            (self.weights, bootstrap_weights(ids, self.members)),
+        ):
+            mine[at] = torch.as_tensor(new[-len(ids) :], device=self.device, dtype=mine.dtype)
+        self.segments[ids % self.capacity] = segments[-len(ids) :]
+        self.count += len(mu)
+
+    def asked(self, pairs: np.ndarray) -> np.ndarray:
+        """(n,) True where this pair of segments, in either order, is in the window already."""
+        known = {frozenset(map(tuple, pair)) for pair in self.segments[: len(self)].tolist()}
+        return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
+
+    def batch(self, at):
+        """Labels at these places of the window: stacks (2 n L, 4, 84, 84), mu, returns, weights."""
+        at = torch.as_tensor(at, device=self.device)
+        stacks = frames_to_stacks(self.frames[at].flatten(0, 1), self.history[at].flatten(0, 1))
+        return stacks, self.mu[at], self.returns[at], self.weights[at]
+
+
+def read_shards(folder: Path, length: int, until: int | None = None):
+    """Yield (first label, arrays) of the shards in a run's preferences/; ends with exit code 2 if one is unfit."""
+    shapes = {"frames": (2, length + 3, 84, 84), "history": (2, length), "mu": (), "returns": (2,), "segments": (2, 2)}
+    for path in sorted(folder.glob("*.npz")):
+        if until is not None and int(path.stem) >= until:
+            return
+        try:
+            with np.load(path, allow_pickle=False) as shard:
+                arrays = {name: shard[name] for name in shapes}
+        except Exception as error:
+            fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
+        if any(arrays[name].shape != (len(arrays["mu"]), *shape) for name, shape in shapes.items()):
+            fail(f"{path} holds clips of another shape than {length} steps of 84 x 84 frames")
+        yield int(path.stem), arrays
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy maths
+# ----------------------------------------------------------------------------------------------------------------------
+def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
+    """Generalized advantage estimation; all (T, N).
+
+    next_values[t]: value of the state that row t led to; the caller puts 0 after a true end and V(final_obs) at a
+    time limit. dones[t]: 1 where row t is the last of its episode; the trace stops there. Out: advantages, returns.
+    """
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.empty_like(deltas)
+    lastgaelam = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = lastgaelam = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+    return advantages, advantages + values
+
+
+def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args: Args):
+    """PPO's clipped loss on a minibatch; all (B,). Out: the loss, and a dict of tensors to log."""
+    logratio = newlogprob - logprobs
+    ratio = logratio.exp()
+    if args.norm_adv == "minibatch":
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    v_error = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_clipped = values + torch.clamp(newvalue - values, -args.clip_coef, args.clip_coef)
+        v_error = torch.max(v_error, (v_clipped - returns) ** 2)
+    v_loss = 0.5 * v_error.mean()
+    entropy_loss = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    with torch.no_grad():
+        approx_kl = ((ratio - 1) - logratio).mean()
+        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, {
+        "policy_loss": pg_loss.detach(),
+        "value_loss": v_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "approx_kl": approx_kl,
+        "clipfrac": clipfrac,
+    }
+
+
+def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
+    """Forward pass and loss of one minibatch, apart from `update_policy` so that it can be compiled."""
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+    return policy_loss(newlogprob, entropy, newvalue, *rest, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Updates
+# ----------------------------------------------------------------------------------------------------------------------
+def update_policy(agent, optimizer, loss_function, b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values,
+                  rng, args: Args) -> dict:  # fmt: skip
+    """Epochs of minibatches over a rollout, flattened to (T N, ...). Out: means of what was logged, as tensors."""
+    if args.norm_adv != "minibatch":
+        b_advantages = b_advantages - b_advantages.mean()
+        if args.norm_adv == "rollout":
+            b_advantages = b_advantages / (b_advantages.std() + 1e-8)
+    logged = []
+    for _ in range(args.update_epochs):
+        b_inds = torch.as_tensor(rng.permutation(len(b_obs)), device=b_obs.device)
+        for mb_inds in b_inds.split(args.minibatch_size):
+            loss, info = loss_function(
+                agent, args, b_obs[mb_inds], b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
+                b_returns[mb_inds], b_values[mb_inds],
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            logged.append(info)
+    explained = 1 - (b_returns - b_values).var() / b_returns.var()
+    return {name: torch.stack([i[name] for i in logged]).mean() for name in logged[0]} | {
+        "explained_variance": explained
+    }
+
+
+@torch.no_grad()
+def decisive_sums(ensemble: RewardEnsemble, preferences: Preferences, at, args: Args) -> torch.Tensor:
+    """Over the decisive labels at these places: summed loss, right answers and labels, (2, 3, M).
+
+    [0] over the labels held out for a member, [1] over those it is fitted to. Evaluation mode. Ties are left out:
+    they put ln 2 into both and hide that a member learns its labels by heart.
+    """
+    stacks, mu, returns, weights = preferences.batch(at)
+    sums = ensemble.score(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+    losses = label_losses(sums, mu, returns, args.ablation)
+    right = ((sums[:, 0] > sums[:, 1]) == (mu > 0.5).unsqueeze(-1)).float()
+    decisive = (mu != 0.5).unsqueeze(-1)
+    masks = torch.stack([(weights == 0) & decisive, (weights > 0) & decisive])  # (2, B, M)
+    return (torch.stack([losses, right, torch.ones_like(losses)]) * masks.unsqueeze(1)).sum(2)
+
+
+def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> tuple[float, float]:
+    """Loss and accuracy on the window's decisive labels, each member on those held out for it; mean over members."""
+    parts = torch.arange(len(preferences)).split(args.reward_minibatch_size)
+    loss, right, labels = sum(decisive_sums(ensemble, preferences, at, args) for at in parts)[0]
+    return (loss / labels).nanmean().item(), (right / labels).nanmean().item()
+
+
+def adapt_l2(ensemble: RewardEnsemble) -> None:
+    """Move each member's weight decay so that held-out / training loss stays in [1.1, 1.5] (section 2.2.3).
+
+    A step is 5 %. The paper gives neither step nor start; the bounds keep the way back short where there was nothing
+    to learn for long.
+    """
+    (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
+    ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
+    factor = torch.where(ratio > 1.5, 1.05, torch.where(ratio < 1.1, 1 / 1.05, 1.0))
+    ensemble.l2_coef.mul_(factor).clamp_(1e-6, 1e-1)
+
+
+def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng, args: Args) -> dict:
+    """Train on minibatches drawn from the label window. Out: means of what was logged, as tensors.
+
+    Member losses are summed, each normalised by its own weights: with their mean, Adam aside, every member would
+    learn at a third of the rate. Both clips of a pair are in one batch, so batch norm can't tell them apart.
+    """
+    logged = []
+    for minibatch in range(minibatches):
+        at = rng.integers(len(preferences), size=args.reward_minibatch_size)
+        stacks, mu, returns, weights = preferences.batch(at)
+        ensemble.train()
+        sums = ensemble(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+        losses = label_losses(sums, mu, returns, args.ablation)
+        loss = ((losses * weights).sum(0) / weights.sum(0).clamp(min=1)).sum()
+        decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
+        optimizer.zero_grad()
+        (loss + (ensemble.l2_coef * decay).sum()).backward()
+        optimizer.step()
+        logged.append(loss.detach() / ensemble.members)
+        if minibatch % 4 == 0:
+            at = rng.integers(len(preferences), size=args.reward_minibatch_size)
+            ensemble.decisive.mul_(0.98).add_(decisive_sums(ensemble, preferences, at, args))  # the last few hundred
+            if args.ablation != "no-regularization":
+                adapt_l2(ensemble)
+    (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
+    return {
+        "loss": torch.stack(logged).mean(),
+        "loss_heldout": (held_out_loss / held_out_labels).mean(),
+        "loss_train": (train_loss / train_labels).mean(),
+        "accuracy_heldout": (held_out_right / held_out_labels).mean(),
+        "l2_coef": ensemble.l2_coef.mean(),
+    }
+
+
+def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
+    """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
+    best, stale, presented = math.inf, 0, 0
+    round_size = 32 * args.reward_minibatch_size
+    while stale < 4 and presented + round_size <= args.pretrain_pairs:
+        update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
+        presented += round_size
+        loss, accuracy = held_out(ensemble, preferences, args)
+        print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        best, stale = (loss, 0) if loss < best else (best, stale + 1)
+
+
+def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
+    """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
+
+    With an ensemble, the most disputed of query_candidates x num candidates (section 2.2.4); without, uniform.
+    """
+    length = args.clip_length
+    candidates = sample_pairs(rng, args.query_candidates * num, first, pool.count - length, args.num_envs)
+    candidates = candidates[~preferences.asked(candidates)]
+    if ensemble is not None and len(candidates):
+        starts = np.array_split(candidates.reshape(-1, 2), math.ceil(2 * len(candidates) / 32))
+        raw = torch.cat([ensemble.score(frames_to_stacks(*pool.clips(part, length))) for part in starts])
+        sums = raw.view(len(candidates), 2, length, -1).sum(2)
+        candidates = candidates[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
+    return take_disjoint(candidates, num, length, set())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run state
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """What a run counts; saved in every checkpoint."""
+
+    iteration: int = 0  # updates done
+    global_step: int = 0
+    labels_used: int = 0  # answers stored, ties included
+    labels_loaded: int = 0
+    asked: int = 0
+    skipped: int = 0
+    ties: int = 0
+    fresh_from: int = 0  # initial pairs come from rows that no earlier initial pair could have come from
+    fitted_from: int = -1  # global_step at which the policy began to be paid; -1: not yet
+    pairs_presented: int = 0  # since then
+    true_reward_var: float = 0.0  # running variance of the clipped score, for --true-reward
+    wall_seconds: float = 0.0
+    timed_steps: int = 0  # steps and seconds of updates with policy and reward learning, without evaluation
+    timed_seconds: float = 0.0
+
+
+def make_run_dir(args: Args) -> Path:
+    """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{stamp}"
+    for attempt in range(100):
+        run_dir = Path(args.runs_dir) / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            (run_dir / "preferences").mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            fail(f"can't write to {args.runs_dir}: {error.strerror}")
+    packages = ("torch", "gymnasium", "ale-py", "numpy")
+    run = {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "commit": git_commit(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name(args.device)}" if args.device.startswith("cuda") else ""),
+    }
+    (run_dir / "args.json").write_text(json.dumps(run, indent=2))
+    return run_dir
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with a "+" where this file differs from it; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", __file__]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed else "")
+
+
+def params_sha256(*modules: nn.Module) -> str:
+    """Hash of all parameters and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_checkpoint(run_dir: Path, state: dict) -> None:
+    """Write beside, flush, rename: a crash or a full disk leaves the last checkpoint as it was."""
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_reward_model(run_dir: str, args: Args, device) -> RewardEnsemble:
+    """The learned reward of a run, normaliser included, on this run's device."""
+    saved = Args(**read_run(run_dir)["args"])
+    ensemble = RewardEnsemble(saved.members, saved.dropout, 0.0, args.bf16).to(
+        device, memory_format=torch.channels_last
+    )
+    state = read_checkpoint(run_dir, device)["ensemble"]
+    if not state:
+        fail(f"{run_dir} learned no reward model")
+    ensemble.load_state_dict(state)
+    return ensemble
+
+
+@torch.no_grad()
+def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, seed: int, record: int = 0) -> dict:
+    """Play args.eval_episodes episodes, one per environment, with sampled actions; the true, unclipped score.
+
+    Own environments and generators: training is not moved by it. agent None plays at random. Of environment 0, the
+    first `record` steps come back too: RGB frames (a twin with the same seed and actions), env_rewards, pred_rewards.
+    """
+    device = torch.device(args.device)
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, 1))
+    envs = make_envs(args, args.eval_episodes)
+    frames, _ = envs.reset(seed=seed)
+    twin = make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1) if record else None
+    screens = [twin.reset(seed=seed)[0][0, 0]] if record else []
+    boxes, num_actions = hud_boxes(args.env_id), int(envs.single_action_space.n)
+    playing, returns, lengths = np.ones(args.eval_episodes, dtype=bool), np.zeros(args.eval_episodes), 0
+    stacks, rewards = [], []
+    if agent is not None:
+        agent.eval()
+    while playing.any():
+        obs = torch.as_tensor(hide(frames, boxes), device=device)
+        if agent is None:
+            action = torch.randint(num_actions, (args.eval_episodes,), device=device, generator=generator)
+        else:
+            action = agent.get_action_and_value(obs, generator=generator)[0]
+        action = action.cpu().numpy()
+        recording = playing[0] and len(rewards) < record
+        if recording:
+            stacks.append(obs[0].clone())
+        frames, env_rewards, terminated, truncated, _ = envs.step(action)
+        returns += env_rewards * playing
+        lengths = lengths + playing
+        if recording:
+            rewards.append(float(env_rewards[0]))
+            screens.append(twin.step(action[:1])[0][0, 0])
+        playing &= ~(terminated | truncated)
+    result = {"returns": returns, "lengths": lengths, "screens": screens[: len(rewards)], "env_rewards": rewards}
+    if ensemble is not None and stacks:
+        raw = ensemble.score(torch.stack(stacks))
+        result["pred_rewards"] = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
+    envs.close()
+    return result
+
+
+def draw_episode(result: dict, folder: Path, title: str) -> None:
+    """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
+    import cv2
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    true = np.array(result["env_rewards"])
+    pred = np.array(result.get("pred_rewards", np.zeros_like(true)))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
+    axes[0].plot(pred, color="C0", linewidth=0.8)
+    axes[0].set_ylabel("predicted reward")
+    axes[0].set_title(title)
+    axes[1].plot(true, color="C1", linewidth=0.8)
+    axes[1].set_ylabel("true reward")
+    axes[1].set_xlabel("agent step (4 frames)")
+    figure.savefig(folder / "episode.png", dpi=120)
+    plt.close(figure)
+
+    size, span = (640, 420), 100  # left half: the game; right half: the last 100 steps of both rewards
+    writer = cv2.VideoWriter(str(folder / "episode.webm"), cv2.VideoWriter_fourcc(*"VP80"), 15, size)
+    for t, screen in enumerate(result["screens"]):
+        canvas = np.full((size[1], size[0], 3), 24, np.uint8)
+        canvas[:, :320] = cv2.resize(screen[..., ::-1], (320, 420), interpolation=cv2.INTER_NEAREST)
+        for top, series, name, colour in ((20, pred, "predicted", (255, 160, 60)), (220, true, "true", (60, 160, 255))):
+            scale = max(np.abs(series).max(), 1e-6)
+            window = series[max(0, t + 1 - span) : t + 1]
+            x = 340 + np.arange(len(window)) * 280 / span
+            y = top + 90 - 75 * window / scale
+            cv2.line(canvas, (340, top + 90), (620, top + 90), (80, 80, 80), 1)
+            points = np.stack([x, y], 1).astype(np.int32)
+            cv2.polylines(canvas, [points], False, colour, 1, cv2.LINE_AA)
+            label = f"{name} reward {series[t]:+.3f}"
+            cv2.putText(canvas, label, (340, top), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
+        writer.write(canvas)
+    writer.release()
+
+
+def reward_correlation(pool: SegmentPool, rng, args: Args, num: int = 500) -> float | None:
+    """Pearson correlation of predicted and oracle's sums over segments of the pool; None where one is constant."""
+    first = pool.first_start()
+    starts = sample_pairs(rng, num, first, pool.count - args.clip_length, args.num_envs)[:, 0]
+    sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
+    correlation = torch.corrcoef(torch.stack(sums))[0, 1].item()
+    return None if math.isnan(correlation) else correlation
+
+
+def finite(value):
+    """JSON has no infinity: what is absent or infinite is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Train (or resume, or evaluate) as args say; returns what summary.json holds."""
+    if args.evaluate:
+        return evaluate_run(args)
+
+    # 1. Set up: directory, hardware, seeds
+    started = time.time()
+    if args.resume:
+        run_dir, checkpoint = Path(args.resume), read_checkpoint(args.resume, args.device)
+        wanted = {name: getattr(args, name) for name in ("bf16", "compile")}
+        resolve_hardware(args)
+        if wanted != {name: getattr(args, name) for name in wanted}:
+            fail(f"{run_dir} ran with {wanted}, which this machine lacks")
+        if checkpoint["hardware"] != [args.device, args.torch_threads]:
+            print(f"device or threads differ from {checkpoint['hardware']}: this will not be exact to the bit")
+    else:
+        resolve_hardware(args)
+        run_dir, checkpoint = make_run_dir(args), None
+    device = torch.device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:  # glibc maps and unmaps each buffer over 32 MB: page faults took 40 % of a reward-model step
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)  # initial parameters and dropout; everything else has a generator of its own
+    rngs = {
+        name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("policy", "query", "teacher", "reward"))
+    }
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 10))  # actions
+
+    # 2. Environments, policy, reward model, preferences
+    envs = make_envs(args, args.num_envs)
+    boxes = hud_boxes(args.env_id)
+    if not boxes:
+        print(f"{args.env_id}: no screen areas to hide are known; a score on the screen gives the reward away")
+    num_actions = int(envs.single_action_space.n)
+    agent = Agent(num_actions, args.bf16).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    ensemble = reward_optimizer = preferences = None
+    learns_reward = not args.true_reward and not args.reward_model
+    if args.reward_model:
+        ensemble = load_reward_model(args.reward_model, args, device)
+    elif learns_reward:
+        l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
+        ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
+        ensemble = ensemble.to(device, memory_format=torch.channels_last)
+        reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
+    pool = SegmentPool(args.pool_rows, args.num_envs, device)
+    recent_sums: list[float] = []  # of the last 1,000 segments asked about, for imperfect teachers
+    recent_returns: list[float] = []  # of the last 20 finished episodes
+    progress = Progress()
+    if learns_reward:
+        loaded = list(read_shards(Path(args.preferences) / "preferences", args.clip_length)) if args.preferences else []
+        num_loaded = sum(len(arrays["mu"]) for _, arrays in loaded)
+        total_labels = num_loaded + args.labels
+        capacity = total_labels if args.ablation == "no-online-queries" else min(args.label_window, total_labels)
+        preferences = Preferences(run_dir / "preferences", capacity, args.clip_length, args.members, device)
+        if not args.resume:
+            for _, arrays in loaded:  # copied, so that this run needs no other; segments of another run's rows: -1
+                preferences.add(**{**arrays, "segments": np.full_like(arrays["segments"], -1)})
+            progress.labels_loaded = num_loaded
+
+    # 3. Streams: what lasts from one rollout to the next, per environment
+    next_frames = None
+    actions_since_reset: list[torch.Tensor] = []
+    history = np.zeros(args.num_envs, dtype=np.uint8)  # frames of the same episode before the current one, at most 3
+    lives = np.zeros(args.num_envs, dtype=np.int64)
+    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
+
+    if checkpoint:
+        progress = Progress(**checkpoint["progress"])
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ensemble:
+            ensemble.load_state_dict(checkpoint["ensemble"])
+        if learns_reward:
+            reward_optimizer.load_state_dict(checkpoint["reward_optimizer"])
+            for path in preferences.folder.glob("*"):  # written after the checkpoint: these labels come again
+                if path.suffix != ".npz" or int(path.stem) >= checkpoint["labels_on_disk"]:
+                    path.unlink()
+            for _, arrays in read_shards(preferences.folder, args.clip_length):
+                preferences.add(**arrays, save=False)
+            if preferences.count != checkpoint["labels_on_disk"]:
+                fail(f"{preferences.folder} holds {preferences.count} of {checkpoint['labels_on_disk']} labels")
+        for name, tensor in checkpoint["pool"].items():
+            getattr(pool, name).copy_(tensor)
+        pool.count = checkpoint["pool_count"]
+        recent_sums, recent_returns = checkpoint["recent_sums"], checkpoint["recent_returns"]
+        for name, rng in rngs.items():
+            rng.bit_generator.state = json.loads(checkpoint["rngs"][name])
+        generator.set_state(checkpoint["generator"].cpu())
+        torch.set_rng_state(checkpoint["torch_rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), device)
+        last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
+        next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
+        actions_since_reset = list(checkpoint["actions_since_reset"])
+        for action in torch.cat(actions_since_reset).cpu().numpy():  # the emulator has no other way to save its state
+            next_frames, *_ = envs.step(action.astype(np.int64))
+        history, lives, episode_return, episode_length = (checkpoint["streams"][i].cpu().numpy() for i in range(4))
+        history, lives, episode_length = (
+            history.astype(np.uint8),
+            lives.astype(np.int64),
+            episode_length.astype(np.int64),
+        )
+
+    # 4. Storage of one rollout, logging, signals
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros(*shape, 4, 84, 84, dtype=torch.uint8, device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    b_history, env_rewards = np.zeros(shape, dtype=np.uint8), np.zeros(shape)
+    lost, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    loss_function = minibatch_loss
+    if args.compile:
+        loss_function = compile_or_not(minibatch_loss, agent, args)
+    writer = SummaryWriter(str(run_dir))
+    if args.track:
+        import wandb
+
+        wandb_run = wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+            id=run_dir.name, resume="allow", dir=str(run_dir), group=f"{args.env_id}-{args.feedback}", save_code=True,
+        )  # fmt: skip
+        wandb_run.define_metric("*", step_metric="global_step")
+
+    def log(scalars: dict):
+        """To TensorBoard, and to W&B with steps and labels beside it: either can be the x axis there."""
+        scalars = {k: v.item() if torch.is_tensor(v) else v for k, v in scalars.items() if v is not None}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, progress.global_step)
+        if args.track:
+            wandb_run.log({**scalars, "global_step": progress.global_step, "labels": progress.labels_used})
+
+    stop = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _: stop.append(number))
+    total_steps = args.num_iterations * args.batch_size
+    print(
+        f"{run_dir}: {args.env_id}, {args.feedback}, {total_steps:,} steps in {args.num_iterations:,} updates, "
+        f"{args.labels:,} labels, {args.device} with {args.torch_threads} threads, "
+        f"{'bfloat16' if args.bf16 else 'float32'}",
+        flush=True,
+    )
+    if total_steps != args.total_timesteps and not args.resume:
+        print(f"--total-timesteps {args.total_timesteps:,} rounded up to whole rollouts: {total_steps:,}")
+    bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", unit_scale=True, disable=None)
+    warned: set[str] = set()
+    info, reward_info = {}, {}
+    if args.reward_model and progress.fitted_from < 0:
+        progress.fitted_from = 0
+    session_started, last_line = time.time() - progress.wall_seconds, (time.time(), progress.global_step)
+
+    while progress.iteration < args.num_iterations and not stop:
+        update_started, evaluation_seconds = time.time(), 0.0
+
+        # 5. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
+        #    replay them; the agent sees neither that nor any other end.
+        if progress.iteration % args.reset_every == 0:
+            next_frames, infos = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
+            actions_since_reset = []
+            history[:], lives[:] = 0, infos["lives"]
+            episode_return[:], episode_length[:] = 0, 0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (
+            1 - progress.iteration / args.num_iterations if args.anneal_lr else 1
+        )
+        progress.iteration += 1
+        finished_episodes = []
+        next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
+        for step in range(args.num_steps):
+            obs[step], b_history[step] = next_obs, history
+            with torch.no_grad():
+                actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(
+                    next_obs, generator=generator
+                )
+            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(actions[step].cpu().numpy())
+            next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
+            ended[step] = terminated | truncated
+            lost[step] = terminated | (infos["lives"] < lives)  # at an end, the lives are those of the next episode
+            lives[:] = infos["lives"]
+            episode_return += env_rewards[step]
+            episode_length += 1
+            history = np.where(ended[step], 0, np.minimum(history + 1, 3)).astype(np.uint8)
+            for i in np.flatnonzero(ended[step]):
+                finished_episodes.append((episode_return[i], episode_length[i]))
+                episode_return[i], episode_length[i] = 0, 0
+        actions_since_reset.append(actions.to(torch.uint8))
+        progress.global_step += args.batch_size
+        recent_returns = (recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
+
+        # 6. Rewards: all of the rollout by one model, in one go. From here on nothing but the log reads env_rewards.
+        oracle_rewards = oracle_rewards_of(env_rewards, lost, args)
+        if args.true_reward:  # scaled by a running std as the predictor's are
+            rewards = np.sign(env_rewards)
+            keep = 0.9 if progress.iteration > 1 else 0.0
+            progress.true_reward_var = keep * progress.true_reward_var + (1 - keep) * float(rewards.var())
+            scale = args.reward_std / max(math.sqrt(progress.true_reward_var), args.reward_std_floor)
+            pred_rewards = torch.as_tensor(rewards * scale, dtype=torch.float32, device=device)
+        elif progress.fitted_from >= 0:
+            raw = ensemble.score(obs.flatten(0, 1))
+            pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).view(shape)
+        else:
+            pred_rewards = torch.zeros(shape, device=device)
+        pool.add(
+            obs[:, :, -1],
+            torch.as_tensor(b_history, device=device),
+            torch.as_tensor(oracle_rewards, device=device),
+            pred_rewards,
+        )
+
+        # 7. Update the policy (not while the first labels are collected: those come from the untrained one)
+        if args.true_reward or progress.fitted_from >= 0:
+            with torch.no_grad():
+                next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
+            if args.true_reward:  # the baseline sees lost lives and ends, as CleanRL's does
+                dones = torch.as_tensor(lost | ended, dtype=torch.float32, device=device)
+            else:
+                dones = torch.zeros_like(values)
+            advantages, returns = compute_gae(
+                pred_rewards, values, next_values * (1 - dones), dones, args.gamma, args.gae_lambda
+            )
+            info = update_policy(
+                agent, optimizer, loss_function, obs.flatten(0, 1), actions.flatten(), logprobs.flatten(),
+                advantages.flatten(), returns.flatten(), values.flatten(), rngs["policy"], args,
+            )  # fmt: skip
+
+        # 8. Ask when enough labels are due, and store each answer with copies of its clips
+        if learns_reward:
+            collecting = progress.labels_used < args.initial_labels
+            last = progress.iteration == args.num_iterations
+            if collecting:
+                first = max(pool.first_start(), progress.fresh_from)
+                askable = (pool.count - first) * args.num_envs // (4 * args.clip_length)
+                due = min(args.initial_labels - progress.labels_used, askable)
+                enough = min(args.query_batch, args.initial_labels - progress.labels_used)
+            else:
+                first = pool.first_start()
+                wanted = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
+                due = min(wanted - progress.labels_used, args.query_limit)
+                enough = args.query_batch
+            attempts = 0
+            while due >= (1 if last else enough) and due > 0 and attempts < (20 if last else 1):
+                active = not collecting and args.ablation not in ("random-queries", "no-ensemble") and args.members > 1
+                pairs = select_pairs(ensemble if active else None, pool, preferences, due, first, rngs["query"], args)
+                segments = pairs.reshape(-1, 2)
+                rewards = pool.gather("oracle_rewards", segments, 0, args.clip_length).cpu().numpy()
+                rewards = rewards.astype(np.float64).reshape(len(pairs), 2, -1)
+                mu, skipped = teacher_answers(rngs["teacher"], rewards, recent_sums, args)
+                recent_sums = (recent_sums + rewards.sum(-1).flatten().tolist())[-1000:]
+                kept = ~skipped
+                frames, clip_history = (
+                    x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:])[kept]
+                    for x in pool.clips(segments, args.clip_length)
+                )
+                if kept.any():
+                    preferences.add(
+                        frames, clip_history, mu[kept], rewards.sum(-1)[kept].astype(np.float32), pairs[kept]
+                    )
+                progress.asked += len(pairs)
+                progress.skipped += int(skipped.sum())
+                progress.labels_used += int(kept.sum())
+                progress.ties += int((mu[kept] == 0.5).sum())
+                due -= int(kept.sum())
+                attempts += 1
+                progress.fresh_from = pool.count
+
+            # 9. Update the reward model, then renew its statistics over rows of the recent pool
+            if progress.fitted_from < 0 and progress.labels_used >= args.initial_labels:
+                pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
+                progress.fitted_from = progress.global_step
+            if progress.fitted_from >= 0:
+                paid_steps = progress.global_step - progress.fitted_from
+                minibatches = (
+                    int(paid_steps * args.pairs_per_step - progress.pairs_presented) // args.reward_minibatch_size
+                )
+                if minibatches:
+                    reward_info = update_reward_model(
+                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
+                    )
+                    progress.pairs_presented += minibatches * args.reward_minibatch_size
+                if minibatches or paid_steps == 0:
+                    rows = np.stack([rngs["reward"].integers(args.num_envs, size=1000),
+                                     rngs["reward"].integers(pool.first_start(), pool.count, size=1000)], 1)  # fmt: skip
+                    ensemble.renew_statistics(frames_to_stacks(*pool.clips(rows, 1)), args.reward_std_floor)
+
+        # 10. Log, evaluate, save
+        if args.eval_every and progress.iteration % args.eval_every == 0:
+            begun = time.time()
+            result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
+            log({"charts/eval_return": result["returns"].mean()})
+            evaluation_seconds = time.time() - begun
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if progress.iteration > 2 and (args.true_reward or progress.fitted_from not in (-1, progress.global_step)):
+            progress.timed_steps += args.batch_size
+            progress.timed_seconds += time.time() - update_started - evaluation_seconds
+        progress.wall_seconds = time.time() - session_started
+        bar.update(args.batch_size)
+        if finished_episodes:
+            log({
+                "charts/episodic_return": np.mean([r for r, _ in finished_episodes]),
+                "charts/episodic_length": np.mean([n for _, n in finished_episodes]),
+            })  # fmt: skip
+        if progress.iteration % args.log_every == 0 or progress.iteration == args.num_iterations:
+            correlation = None
+            if not args.true_reward and progress.fitted_from >= 0:
+                correlation = reward_correlation(pool, np.random.default_rng([args.seed, 13, progress.iteration]), args)
+            speed = (progress.global_step - last_line[1]) / (time.time() - last_line[0])
+            last_line = (time.time(), progress.global_step)
+            ties = progress.ties / max(progress.labels_used, 1)
+            log(
+                {f"losses/{name}": value for name, value in info.items()}
+                | {f"reward_model/{name}": value for name, value in reward_info.items()}
+                | {
+                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                    "charts/SPS": speed,
+                    "labels/used": progress.labels_used,
+                    "labels/ties": ties,
+                    "labels/skipped": progress.skipped,
+                    "reward_model/correlation": correlation,
+                    "reward_model/pred_reward_mean": pred_rewards.mean(),
+                    "reward_model/pred_reward_std": pred_rewards.std(),
+                }
+                | ({"reward_model/raw_std": ensemble.std.mean()} if ensemble else {})
+            )
+            left = (total_steps - progress.global_step) / speed
+            accuracy = float(reward_info.get("accuracy_heldout", math.nan))
+            entropy = float(info.get("entropy", math.nan))
+            line = f"{progress.global_step:>10,} steps {100 * progress.global_step / total_steps:3.0f} %"
+            line += f"  {speed:6,.0f}/s  {int(left // 3600)}:{int(left % 3600 // 60):02d} h left"
+            line += f"  return {np.mean(recent_returns) if recent_returns else math.nan:8.1f}  entropy {entropy:.2f}"
+            if not args.true_reward:
+                line += f"  labels {progress.labels_used:,}/{args.labels:,}  held-out accuracy {accuracy:.2f}"
+                line += f"  correlation {math.nan if correlation is None else correlation:.2f}"
+            tqdm.write(line)
+            sys.stdout.flush()
+            for key, bad, message in (
+                ("ties", progress.labels_used >= 100 and ties > 0.9, f"{ties:.0%} of the labels are ties"),
+                ("entropy", entropy < 0.05, f"the policy's entropy is {entropy:.3f}: it has stopped exploring"),
+                ("accuracy", accuracy < 0.55 and progress.pairs_presented > 5000,
+                 f"held-out accuracy is {accuracy:.2f}, about chance: the reward model has learned nothing"),
+            ):  # fmt: skip
+                if bad and key not in warned:
+                    warned.add(key)
+                    tqdm.write(f"warning: {message}")
+        if stop or progress.iteration % args.checkpoint_every == 0 or progress.iteration == args.num_iterations:
+            streams = np.stack([x.astype(np.float64) for x in (history, lives, episode_return, episode_length)])
+            write_checkpoint(run_dir, {
+                "progress": asdict(progress),
+                "hardware": [args.device, args.torch_threads],
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ensemble": ensemble.state_dict() if ensemble else None,
+                "reward_optimizer": reward_optimizer.state_dict() if learns_reward else None,
+                "labels_on_disk": preferences.count if learns_reward else 0,
+                "pool": {name: getattr(pool, name) for name in ("frames", "history", "oracle_rewards", "pred_rewards")},
+                "pool_count": pool.count,
+                "recent_sums": recent_sums,
+                "recent_returns": recent_returns,
+                "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
+                "generator": generator.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "actions_since_reset": torch.stack(actions_since_reset),
+                "streams": torch.as_tensor(streams),
+            })  # fmt: skip
+
+    # 11. The final score, figure, video and summary
+    bar.close()
+    envs.close()
+    finished = progress.iteration == args.num_iterations
+    returns = np.array([])
+    if finished:
+        result = evaluate(agent, ensemble, args, derive_seed(args.seed, 14), record=1000)
+        returns = result["returns"]
+        draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
+        log({"charts/eval_return": returns.mean()})
+    accuracy = held_out(ensemble, preferences, args)[1] if learns_reward and len(preferences) else None
+    correlation = None
+    if not args.true_reward and progress.fitted_from >= 0:
+        correlation = reward_correlation(pool, np.random.default_rng([args.seed, 13, progress.iteration]), args)
+    summary = {
+        "finished": finished,
+        "script": Path(__file__).stem,
+        "env_id": args.env_id,
+        "feedback": args.feedback,
+        "labels": args.labels,
+        "labels_used": progress.labels_used,
+        "asked": progress.asked,
+        "skipped": progress.skipped,
+        "ties": progress.ties,
+        "labels_loaded": progress.labels_loaded,
+        "ablation": args.ablation,
+        "teacher_beta": args.teacher_beta,
+        "teacher_gamma": args.teacher_gamma,
+        "teacher_mistake": args.teacher_mistake,
+        "teacher_skip": args.teacher_skip,
+        "teacher_equal": args.teacher_equal,
+        "seed": args.seed,
+        "total_timesteps": total_steps,
+        "global_step": progress.global_step,
+        "wall_seconds": round(time.time() - session_started, 1),
+        "sps": round(progress.timed_steps / progress.timed_seconds, 1) if progress.timed_seconds else None,
+        "pairs_per_step": args.pairs_per_step if learns_reward else 0.0,
+        "final_return_mean": float(returns.mean()) if finished else None,
+        "final_return_std": float(returns.std()) if finished else None,
+        "final_episodes": len(returns) if finished else None,
+        "reward_accuracy_heldout": accuracy,
+        "reward_correlation": correlation,
+        "reward_loss": float(reward_info["loss"]) if reward_info else None,
+        "pg_loss": float(info["policy_loss"]) if info else None,
+        "v_loss": float(info["value_loss"]) if info else None,
+        "entropy": float(info["entropy"]) if info else None,
+        "params_sha256": params_sha256(agent, *([ensemble] if ensemble else [])),
+        "commit": git_commit(),
+        "device": args.device,
+    }
+    summary = {name: finite(value) for name, value in summary.items()}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    writer.close()
+    if args.track:
+        wandb_run.summary.update(summary)
+        if finished:
+            wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
+        wandb_run.finish()
+    if finished:
+        print(f"{run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    else:
+        print(f"{run_dir}: stopped at {progress.global_step:,} steps; go on with --resume {run_dir}")
+    return summary
+
+
+def compile_or_not(function, agent: Agent, args: Args):
+    """torch.compile, tried on a batch of zeros; the plain function, and one line, where it does not work here."""
+    device, size = next(agent.parameters()).device, args.minibatch_size
+    compiled = torch.compile(function, dynamic=False)
+    try:
+        floats = [torch.zeros(size, device=device) for _ in range(4)]
+        obs = torch.zeros(size, 4, 84, 84, dtype=torch.uint8, device=device)
+        compiled(agent, args, obs, torch.zeros(size, dtype=torch.int64, device=device), *floats)[0].backward()
+    except Exception as error:
+        print(f"torch.compile does not work here ({error.__class__.__name__}): the policy update runs uncompiled")
+        args.compile, compiled = False, function
+    agent.zero_grad()
+    return compiled
+
+
+def evaluate_run(args: Args) -> dict:
+    """--evaluate: score, figure and video of a run's policy, or of the random policy, into its directory."""
+    run_dir = Path(args.evaluate)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    args.device = str(device)
+    checkpoint = read_checkpoint(args.evaluate, args.device)
+    agent = ensemble = None
+    if not args.random:
+        num_actions = len(checkpoint["agent"]["actor.bias"])
+        agent = Agent(num_actions, args.bf16).to(args.device, memory_format=torch.channels_last)
+        agent.load_state_dict(checkpoint["agent"])
+    if checkpoint["ensemble"]:
+        ensemble = load_reward_model(args.evaluate, args, args.device)
+    result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
+    name = "random" if args.random else "evaluation"
+    draw_episode(result, run_dir / name, f"{args.env_id}, {'random policy' if args.random else run_dir.name}")
+    returns = result["returns"]
+    row = {
+        "finished": True,
+        "script": Path(__file__).stem,
+        "env_id": args.env_id,
+        "feedback": "random" if args.random else args.feedback,
+        "seed": args.seed,
+        "global_step": 0 if args.random else checkpoint["progress"]["global_step"],
+        "final_return_mean": float(returns.mean()),
+        "final_return_std": float(returns.std()),
+        "final_episodes": len(returns),
+        "commit": git_commit(),
+        "device": args.device,
+    }
+    (run_dir / name / "summary.json").write_text(json.dumps(row, indent=2))
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes; see {run_dir / name}")
+    return row
+
+
+if __name__ == "__main__":
+    train(parse_args())

@@ -13,7 +13,7 @@
         update_reward_model on minibatches from the label window, then renew its statistics
 
     python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
-    python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps (40M frames); the oracle answers by the score
+    python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps (40M frames), labels by the score
     python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
 
 Where this differs from the paper, and why:
@@ -34,7 +34,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import signal
@@ -59,11 +58,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
+SCRIPT = Path(__file__).stem
+QUERY_BATCH = 16  # ask as soon as so many labels are due
+QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 
 
 def fail(message: str):
     """End on bad input: one sentence on stderr, exit code 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -117,7 +119,7 @@ class Args:
     reset_every: int = 100
     """updates after which all environments start anew; a resumed run replays the actions since then"""
 
-    # Policy optimisation (CleanRL's ppo_atari.py but for: 16 environments, 3 epochs, minibatches of 512, entropy 0.02)
+    # Policy optimisation (as CleanRL's ppo_atari.py, but for 16 environments instead of 8 and 3 epochs instead of 4)
     learning_rate: float = 2.5e-4
     """learning rate of the policy's Adam"""
     anneal_lr: bool = True
@@ -128,7 +130,7 @@ class Args:
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches per epoch"""
     update_epochs: int = 3
     """passes over each rollout"""
@@ -138,7 +140,7 @@ class Args:
     """PPO's clipping of the probability ratio"""
     clip_vloss: bool = True
     """clip the value loss likewise"""
-    ent_coef: float = 0.02
+    ent_coef: float = 0.01
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""
@@ -176,10 +178,6 @@ class Args:
     """the paper's ablations"""
     query_pool_steps: int = 20_000
     """segments are drawn from the last so many steps"""
-    query_batch: int = 16
-    """ask as soon as so many labels are due"""
-    query_candidates: int = 10
-    """candidate pairs per pair asked; those on which the ensemble disagrees most are taken"""
     oracle_clip: bool = True
     """the oracle sums sign(reward), as the paper's agents are paid; --no-oracle-clip sums the raw score"""
     oracle_end_penalty: float | None = None
@@ -260,7 +258,7 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    """Refuse what can't be trained, in one sentence and before anything is written; fill in what depends on the rest."""
+    """Refuse what can't be trained, before anything is written, and fill in the defaults that depend on the rest."""
     if args.oracle + args.human + args.true_reward != 1:
         fail("give exactly one of --oracle, --human and --true-reward")
     if args.human:
@@ -273,12 +271,13 @@ def check_args(args: Args) -> None:
         args.labels = 0 if args.true_reward else 5500
     if args.labels < 0:
         fail(f"--labels {args.labels} is negative")
+    probabilities = {"repeat_action_probability", "gamma", "gae_lambda", "dropout"}
+    probabilities |= {"teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
     for field in fields(args):
         value, name = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if field.type in ("int", int) and field.name not in ("seed", "labels", "eval_every") and value < 1:
             fail(f"{name} {value} must be at least 1")
-        probabilities = ("repeat_action_probability", "gamma", "gae_lambda", "dropout")
-        if field.name in probabilities or field.name.startswith("teacher_") and field.name != "teacher_beta":
+        if field.name in probabilities:
             if not 0 <= value <= 1:
                 fail(f"{name} {value} lies outside [0, 1]")
         elif field.type in ("float", float) and (math.isnan(value) or value < 0):
@@ -294,7 +293,7 @@ def check_args(args: Args) -> None:
     teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
     if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
         fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
-    args.minibatch_size  # fails where the division is inexact
+    _ = args.minibatch_size  # fails where the division is inexact
     if args.oracle_end_penalty is None:
         args.oracle_end_penalty = 0.0 if "Pong" in args.env_id else 1.0
     if args.labels:
@@ -307,9 +306,9 @@ def check_args(args: Args) -> None:
                 f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
                 f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
             )
-    for name in ("preferences", "reward_model"):
-        if getattr(args, name) and not (Path(getattr(args, name)) / "args.json").is_file():
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not a run directory")
+    for source in (args.preferences, args.reward_model):
+        if source and read_run(source)["args"]["env_id"] != args.env_id:
+            fail(f"{source} is a run of {read_run(source)['args']['env_id']}, not of {args.env_id}")
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
@@ -347,32 +346,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given - kept:
         flag = min(given - kept).replace("_", "-")
         fail(f"--{'resume' if args.resume else 'evaluate'} takes its arguments from the run: --{flag} can't be changed")
-    saved = Args(**read_run(source)["args"])
+    run = read_run(source)
+    if run["script"] != SCRIPT:
+        fail(f"{source} was written by {run['script']}, not by {SCRIPT}")
+    saved = Args(**run["args"])
     for name in given:
         setattr(saved, name, getattr(args, name))
     saved.resume, saved.evaluate = args.resume, args.evaluate
     return saved
-
-
-def read_run(run_dir: str) -> dict:
-    """Read a run directory's args.json; ends with exit code 2 if it is missing, broken or another script's."""
-    try:
-        run = json.loads((Path(run_dir) / "args.json").read_text())
-    except (OSError, ValueError) as error:
-        fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
-    if run.get("script") != Path(__file__).stem:
-        fail(f"{run_dir} was written by {run.get('script')}, not by {Path(__file__).stem}")
-    return run
-
-
-def read_checkpoint(run_dir: str, device: str) -> dict:
-    """Read checkpoint.pt (tensors, numbers and strings only: nothing in it can run code)."""
-    try:
-        return torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-    except FileNotFoundError:
-        fail(f"{run_dir} has no checkpoint.pt yet")
-    except Exception as error:  # a truncated file fails in as many ways as it has bytes
-        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -449,7 +430,7 @@ def oracle_rewards_of(env_rewards, penalised, args: Args) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # Policy
 # ----------------------------------------------------------------------------------------------------------------------
-def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+def layer_init(layer, std=2**0.5, bias_const=0.0):
     torch.nn.init.orthogonal_(layer.weight, std)
     torch.nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -499,9 +480,9 @@ class Agent(nn.Module):
 class RewardEnsemble(nn.Module):
     """All members of the ensemble in one batched pass (sections 2.2.3 and A.2).
 
-    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU,
-    then 64 units and one output; dropout on the two small maps only. The first convolution is dense (all members read the same frames), the others
-    are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
+    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU, the last
+    two with dropout; then 64 units and one output. The first convolution is dense (all members read the same frames),
+    the others are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
     """
 
     def __init__(self, members: int, dropout: float, l2_coef: float, bf16: bool):
@@ -560,14 +541,17 @@ class RewardEnsemble(nn.Module):
         return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
 
     @torch.no_grad()
-    def renew_statistics(self, x, floor: float, smoothing: float = 0.5):
-        """Mean and std of each member, and std of their average, over recent rows (B, 4, 84, 84), smoothed."""
+    def renew_statistics(self, x, floor: float):
+        """Mean and std of each member, and std of their average, over recent rows (B, 4, 84, 84).
+
+        The means are not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update.
+        A mean that lags is an offset in the reward, and GAE turns that into a slope over each rollout.
+        """
         raw = self.score(x)
-        keep = smoothing if self.renewals else 0.0
-        self.mean.lerp_(raw.mean(0), 1 - keep)
-        self.std.lerp_(raw.std(0), 1 - keep)
+        self.mean.copy_(raw.mean(0))
+        self.std.lerp_(raw.std(0), 0.5 if self.renewals else 1.0)
         average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
-        self.average_std.lerp_(average.std(), 1 - keep)
+        self.average_std.lerp_(average.std(), 0.5 if self.renewals else 1.0)
         self.renewals += 1
 
 
@@ -631,20 +615,14 @@ def sample_pairs(rng, num: int, first: int, last: int, num_envs: int) -> np.ndar
     return np.stack([envs, rng.integers(first, last + 1, size=(num, 2))], -1)
 
 
-def take_disjoint(pairs: np.ndarray, num: int, length: int, taken: set) -> np.ndarray:
-    """The first num pairs of which no row is used twice, neither within a pair nor between pairs; (<= num, 2, 2).
-
-    taken: the (environment, row) used already in this batch of queries; it grows by what is taken here. So a segment
-    never meets itself. That a pair never comes twice is for the caller's choice of candidates.
-    """
-    chosen = []
-    for pair in pairs:
-        rows = {(int(env), int(start) + t) for env, start in pair for t in range(length)}
-        if len(rows) == 2 * length and not rows & taken:
+def take_disjoint(pairs: np.ndarray, num: int, length: int) -> np.ndarray:
+    """The first num pairs of which no row is used twice, neither within a pair nor between pairs; (<= num, 2, 2)."""
+    chosen, taken = [], set()
+    for pair in pairs.tolist():
+        rows = {(env, start + t) for env, start in pair for t in range(length)}
+        if len(chosen) < num and len(rows) == 2 * length and not rows & taken:
             chosen.append(pair)
             taken |= rows
-            if len(chosen) == num:
-                break
     return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
 
 
@@ -674,7 +652,7 @@ def label_losses(sums, mu, returns, ablation: str):
 
 
 def disagreement(sums, ablation: str):
-    """Variance over members of the predicted preference (of the predicted difference for `target`). (B, 2, M) -> (B,)"""
+    """Variance over members of the predicted preference, or difference for `target`; (B, 2, M) -> (B,)."""
     difference = sums[:, 0] - sums[:, 1]
     return (difference if ablation == "target" else preference_probability(difference)).var(-1, correction=0)
 
@@ -752,7 +730,7 @@ class Preferences:
 
     def add(self, frames, history, mu, returns, segments, save: bool = True):
         """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
-        if save:
+        if save and len(mu):
             self.save(frames=frames, history=history, mu=mu, returns=returns, segments=segments)
         ids = np.arange(self.count, self.count + len(mu))[-self.capacity :]
         at = torch.as_tensor(ids % self.capacity, device=self.device)
@@ -767,6 +745,17 @@ class Preferences:
         self.segments[ids % self.capacity] = segments[-len(ids) :]
         self.count += len(mu)
 
+    def restore(self, count: int):
+        """Read the first `count` labels back from the disk. Later ones were written after the checkpoint that is
+        gone on from: the same answers will come again."""
+        for path in self.folder.iterdir():
+            if path.suffix != ".npz" or int(path.stem) >= count:
+                path.unlink()
+        for arrays in read_shards(self.folder, self.history.shape[2]):
+            self.add(**arrays, save=False)
+        if self.count != count:
+            fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
+
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, is in the window already."""
         known = {frozenset(map(tuple, pair)) for pair in self.segments[: len(self)].tolist()}
@@ -779,12 +768,10 @@ class Preferences:
         return stacks, self.mu[at], self.returns[at], self.weights[at]
 
 
-def read_shards(folder: Path, length: int, until: int | None = None):
-    """Yield (first label, arrays) of the shards in a run's preferences/; ends with exit code 2 if one is unfit."""
+def read_shards(folder: Path, length: int):
+    """Yield the arrays of each shard in a run's preferences/; ends with exit code 2 if one is unfit."""
     shapes = {"frames": (2, length + 3, 84, 84), "history": (2, length), "mu": (), "returns": (2,), "segments": (2, 2)}
     for path in sorted(folder.glob("*.npz")):
-        if until is not None and int(path.stem) >= until:
-            return
         try:
             with np.load(path, allow_pickle=False) as shard:
                 arrays = {name: shard[name] for name in shapes}
@@ -792,7 +779,7 @@ def read_shards(folder: Path, length: int, until: int | None = None):
             fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
         if any(arrays[name].shape != (len(arrays["mu"]), *shape) for name, shape in shapes.items()):
             fail(f"{path} holds clips of another shape than {length} steps of 84 x 84 frames")
-        yield int(path.stem), arrays
+        yield arrays
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -959,17 +946,17 @@ def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
 def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
     """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
 
-    With an ensemble, the most disputed of query_candidates x num candidates (section 2.2.4); without, uniform.
+    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, uniform.
     """
     length = args.clip_length
-    candidates = sample_pairs(rng, args.query_candidates * num, first, pool.count - length, args.num_envs)
+    candidates = sample_pairs(rng, QUERY_CANDIDATES * num, first, pool.count - length, args.num_envs)
     candidates = candidates[~preferences.asked(candidates)]
     if ensemble is not None and len(candidates):
         starts = np.array_split(candidates.reshape(-1, 2), math.ceil(2 * len(candidates) / 32))
         raw = torch.cat([ensemble.score(frames_to_stacks(*pool.clips(part, length))) for part in starts])
         sums = raw.view(len(candidates), 2, length, -1).sum(2)
         candidates = candidates[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
-    return take_disjoint(candidates, num, length, set())
+    return take_disjoint(candidates, num, length)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -986,40 +973,13 @@ class Progress:
     asked: int = 0
     skipped: int = 0
     ties: int = 0
-    fresh_from: int = 0  # initial pairs come from rows that no earlier initial pair could have come from
-    fitted_from: int = -1  # global_step at which the policy began to be paid; -1: not yet
+    fresh_from: int = 0  # first row of the streams that no initial pair could have come from yet
+    paid_from: int = -1  # global_step at which the predictor began to pay the policy; -1: not yet
     pairs_presented: int = 0  # since then
     true_reward_var: float = 0.0  # running variance of the clipped score, for --true-reward
     wall_seconds: float = 0.0
-    timed_steps: int = 0  # steps and seconds of updates with policy and reward learning, without evaluation
+    timed_steps: int = 0  # steps and seconds of updates that trained the policy, without compilation and evaluation
     timed_seconds: float = 0.0
-
-
-def make_run_dir(args: Args) -> Path:
-    """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{stamp}"
-    for attempt in range(100):
-        run_dir = Path(args.runs_dir) / (name if attempt == 0 else f"{name}-{attempt}")
-        try:
-            (run_dir / "preferences").mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-        except OSError as error:
-            fail(f"can't write to {args.runs_dir}: {error.strerror}")
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
-    run = {
-        "script": Path(__file__).stem,
-        "args": asdict(args),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "commit": git_commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name(args.device)}" if args.device.startswith("cuda") else ""),
-    }
-    (run_dir / "args.json").write_text(json.dumps(run, indent=2))
-    return run_dir
 
 
 def git_commit() -> str | None:
@@ -1033,14 +993,35 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed else "")
 
 
-def params_sha256(*modules: nn.Module) -> str:
-    """Hash of all parameters and buffers, in the order of their names."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def make_run_dir(args: Args) -> Path:
+    """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.runs_dir) / name
+    while run_dir.exists():
+        run_dir = run_dir.with_name(run_dir.name + "x")
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
+    run = {
+        "script": SCRIPT,
+        "args": asdict(args),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {name: version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")},
+        "commit": git_commit(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
+    }
+    try:
+        (run_dir / "preferences").mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(run, indent=2))
+    except OSError as error:
+        fail(f"can't write to {run_dir}: {error.strerror}")
+    return run_dir
+
+
+def read_run(run_dir: str) -> dict:
+    """A run directory's args.json; ends with exit code 2 if it is missing or broken."""
+    try:
+        return json.loads((Path(run_dir) / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
 
 
 def write_checkpoint(run_dir: Path, state: dict) -> None:
@@ -1052,114 +1033,143 @@ def write_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_reward_model(run_dir: str, args: Args, device) -> RewardEnsemble:
-    """The learned reward of a run, normaliser included, on this run's device."""
-    saved = Args(**read_run(run_dir)["args"])
-    ensemble = RewardEnsemble(saved.members, saved.dropout, 0.0, args.bf16).to(
-        device, memory_format=torch.channels_last
-    )
-    state = read_checkpoint(run_dir, device)["ensemble"]
-    if not state:
-        fail(f"{run_dir} learned no reward model")
+def read_checkpoint(run_dir: str) -> dict:
+    """checkpoint.pt (tensors, numbers and strings only: nothing in it can run code), on the CPU."""
+    try:
+        return torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{run_dir} has no checkpoint.pt yet")
+    except Exception as error:  # a truncated file fails in as many ways as it has bytes
+        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
+
+
+def load_reward_model(run_dir: str, checkpoint: dict, args: Args) -> RewardEnsemble:
+    """The learned reward of a run, normaliser included."""
+    state = checkpoint["ensemble"] or fail(f"{run_dir} learned no reward model")
+    ensemble = RewardEnsemble(len(state["mean"]), args.dropout, args.l2_coef, args.bf16)
     ensemble.load_state_dict(state)
-    return ensemble
+    return ensemble.to(args.device, memory_format=torch.channels_last)
+
+
+def params_sha256(*modules: nn.Module) -> str:
+    """Hash of all parameters and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, seed: int, record: int = 0) -> dict:
-    """Play args.eval_episodes episodes, one per environment, with sampled actions; the true, unclipped score.
+    """Play args.eval_episodes episodes, one per environment, with sampled actions, for the true, unclipped score.
 
     Own environments and generators: training is not moved by it. agent None plays at random. Of environment 0, the
-    first `record` steps come back too: RGB frames (a twin with the same seed and actions), env_rewards, pred_rewards.
+    first `record` steps come back too: RGB screens (a twin with the same seed and actions), env_rewards, pred_rewards.
     """
-    device = torch.device(args.device)
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, 1))
     envs = make_envs(args, args.eval_episodes)
-    frames, _ = envs.reset(seed=seed)
-    twin = make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1) if record else None
-    screens = [twin.reset(seed=seed)[0][0, 0]] if record else []
+    twin = make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
     boxes, num_actions = hud_boxes(args.env_id), int(envs.single_action_space.n)
-    playing, returns, lengths = np.ones(args.eval_episodes, dtype=bool), np.zeros(args.eval_episodes), 0
-    stacks, rewards = [], []
-    if agent is not None:
-        agent.eval()
+    generator = torch.Generator(args.device).manual_seed(derive_seed(seed, 1))
+    frames, screen = envs.reset(seed=seed)[0], twin.reset(seed=seed)[0]
+    playing, returns = np.ones(args.eval_episodes, dtype=bool), np.zeros(args.eval_episodes)
+    stacks, screens, env_rewards = [], [], []
     while playing.any():
-        obs = torch.as_tensor(hide(frames, boxes), device=device)
+        obs = torch.as_tensor(hide(frames, boxes), device=args.device)
         if agent is None:
-            action = torch.randint(num_actions, (args.eval_episodes,), device=device, generator=generator)
+            action = torch.randint(num_actions, (len(obs),), device=args.device, generator=generator)
         else:
             action = agent.get_action_and_value(obs, generator=generator)[0]
         action = action.cpu().numpy()
-        recording = playing[0] and len(rewards) < record
-        if recording:
+        frames, rewards, terminated, truncated, _ = envs.step(action)
+        returns += rewards * playing
+        if playing[0] and len(screens) < record:
             stacks.append(obs[0].clone())
-        frames, env_rewards, terminated, truncated, _ = envs.step(action)
-        returns += env_rewards * playing
-        lengths = lengths + playing
-        if recording:
-            rewards.append(float(env_rewards[0]))
-            screens.append(twin.step(action[:1])[0][0, 0])
+            screens.append(screen[0, 0])
+            env_rewards.append(float(rewards[0]))
+            screen = twin.step(action[:1])[0]
         playing &= ~(terminated | truncated)
-    result = {"returns": returns, "lengths": lengths, "screens": screens[: len(rewards)], "env_rewards": rewards}
+    pred_rewards = []
     if ensemble is not None and stacks:
         raw = ensemble.score(torch.stack(stacks))
-        result["pred_rewards"] = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
-    envs.close()
-    return result
+        pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
+    return {"returns": returns, "screens": screens, "env_rewards": env_rewards, "pred_rewards": pred_rewards}
 
 
 def draw_episode(result: dict, folder: Path, title: str) -> None:
     """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
     import cv2
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    true = np.array(result["env_rewards"])
-    pred = np.array(result.get("pred_rewards", np.zeros_like(true)))
-    figure, axes = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
-    axes[0].plot(pred, color="C0", linewidth=0.8)
-    axes[0].set_ylabel("predicted reward")
-    axes[0].set_title(title)
-    axes[1].plot(true, color="C1", linewidth=0.8)
-    axes[1].set_ylabel("true reward")
-    axes[1].set_xlabel("agent step (4 frames)")
+    series = {"true": np.array(result["env_rewards"])}
+    if result["pred_rewards"]:
+        series = {"predicted": np.array(result["pred_rewards"])} | series
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(len(series), 1, figsize=(9, 5), sharex=True, squeeze=False, layout="constrained")
+    for ax, (name, values) in zip(axes[:, 0], series.items(), strict=True):
+        ax.plot(values, linewidth=0.8)
+        ax.set_ylabel(f"{name} reward")
+    axes[0, 0].set_title(title)
+    axes[-1, 0].set_xlabel("agent step (4 frames)")
     figure.savefig(folder / "episode.png", dpi=120)
     plt.close(figure)
 
-    size, span = (640, 420), 100  # left half: the game; right half: the last 100 steps of both rewards
-    writer = cv2.VideoWriter(str(folder / "episode.webm"), cv2.VideoWriter_fourcc(*"VP80"), 15, size)
+    # Left half: the game. Right half: the last 100 steps of each reward, zero in the middle of its box.
+    writer = cv2.VideoWriter(str(folder / "episode.webm"), cv2.VideoWriter_fourcc(*"VP80"), 15, (640, 420))
     for t, screen in enumerate(result["screens"]):
-        canvas = np.full((size[1], size[0], 3), 24, np.uint8)
+        canvas = np.full((420, 640, 3), 24, np.uint8)
         canvas[:, :320] = cv2.resize(screen[..., ::-1], (320, 420), interpolation=cv2.INTER_NEAREST)
-        for top, series, name, colour in ((20, pred, "predicted", (255, 160, 60)), (220, true, "true", (60, 160, 255))):
-            scale = max(np.abs(series).max(), 1e-6)
-            window = series[max(0, t + 1 - span) : t + 1]
-            x = 340 + np.arange(len(window)) * 280 / span
-            y = top + 90 - 75 * window / scale
-            cv2.line(canvas, (340, top + 90), (620, top + 90), (80, 80, 80), 1)
-            points = np.stack([x, y], 1).astype(np.int32)
-            cv2.polylines(canvas, [points], False, colour, 1, cv2.LINE_AA)
-            label = f"{name} reward {series[t]:+.3f}"
-            cv2.putText(canvas, label, (340, top), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
+        for row, (name, values) in enumerate(series.items()):
+            zero, colour = 120 + 200 * row, [(255, 160, 60), (60, 160, 255)][row]
+            window = values[max(0, t - 99) : t + 1]
+            points = np.stack(
+                [340 + 2.8 * np.arange(len(window)), zero - 75 * window / max(np.abs(values).max(), 1e-6)], 1
+            )
+            cv2.line(canvas, (340, zero), (620, zero), (80, 80, 80), 1)
+            cv2.polylines(canvas, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
+            text = f"{name} reward {values[t]:+.3f}"
+            cv2.putText(canvas, text, (340, zero - 85), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
         writer.write(canvas)
     writer.release()
 
 
-def reward_correlation(pool: SegmentPool, rng, args: Args, num: int = 500) -> float | None:
-    """Pearson correlation of predicted and oracle's sums over segments of the pool; None where one is constant."""
-    first = pool.first_start()
-    starts = sample_pairs(rng, num, first, pool.count - args.clip_length, args.num_envs)[:, 0]
+def evaluate_run(args: Args) -> dict:
+    """--evaluate: score, figure and video of a run's policy, or of the random policy, into the run's directory."""
+    run_dir, checkpoint = Path(args.evaluate), read_checkpoint(args.evaluate)
+    resolve_hardware(args)
+    torch.set_num_threads(args.torch_threads)
+    agent = None
+    if not args.random:
+        agent = Agent(len(checkpoint["agent"]["actor.bias"]), args.bf16)
+        agent.load_state_dict(checkpoint["agent"])
+        agent.to(args.device, memory_format=torch.channels_last)
+    ensemble = load_reward_model(args.evaluate, checkpoint, args) if checkpoint["ensemble"] else None
+    result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
+    folder, returns = run_dir / ("random" if args.random else "evaluation"), result["returns"]
+    draw_episode(result, folder, f"{args.env_id}, {folder.name} of {run_dir.name}")
+    row = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "feedback": "random" if args.random else args.feedback,
+        "seed": args.seed,
+        "global_step": 0 if args.random else checkpoint["progress"]["global_step"],
+        "final_return_mean": float(returns.mean()),
+        "final_return_std": float(returns.std()),
+        "final_episodes": len(returns),
+        "commit": git_commit(),
+    }
+    (folder / "summary.json").write_text(json.dumps(row, indent=2))
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes; see {folder}")
+    return row
+
+
+def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
+    """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
+    rng = np.random.default_rng(seed)  # of its own: logging does not move training
+    starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
     sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
-    correlation = torch.corrcoef(torch.stack(sums))[0, 1].item()
-    return None if math.isnan(correlation) else correlation
-
-
-def finite(value):
-    """JSON has no infinity: what is absent or infinite is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return torch.corrcoef(torch.stack(sums))[0, 1].item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1170,421 +1180,361 @@ def train(args: Args) -> dict:
     if args.evaluate:
         return evaluate_run(args)
 
-    # 1. Set up: directory, hardware, seeds
-    started = time.time()
-    if args.resume:
-        run_dir, checkpoint = Path(args.resume), read_checkpoint(args.resume, args.device)
-        wanted = {name: getattr(args, name) for name in ("bf16", "compile")}
-        resolve_hardware(args)
-        if wanted != {name: getattr(args, name) for name in wanted}:
-            fail(f"{run_dir} ran with {wanted}, which this machine lacks")
-        if checkpoint["hardware"] != [args.device, args.torch_threads]:
-            print(f"device or threads differ from {checkpoint['hardware']}: this will not be exact to the bit")
-    else:
-        resolve_hardware(args)
-        run_dir, checkpoint = make_run_dir(args), None
+    # 1. Read whatever may be refused, before anything is written
+    recorded = {name: getattr(args, name) for name in ("device", "torch_threads", "bf16", "compile")}
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    resolve_hardware(args)
+    if checkpoint:
+        if (args.bf16, args.compile) != (recorded["bf16"], recorded["compile"]):
+            fail(f"{args.resume} ran with bfloat16 {recorded['bf16']} and compilation {recorded['compile']}: not here")
+        if [args.device, args.torch_threads] != checkpoint["hardware"]:
+            print(f"the checkpoint is of {checkpoint['hardware']}: going on elsewhere is not exact to the bit")
+    learns_reward = not args.true_reward and not args.reward_model
+    ensemble = None
+    if args.reward_model:
+        ensemble = load_reward_model(args.reward_model, read_checkpoint(args.reward_model), args)
+    num_loaded = 0
+    if args.preferences:
+        shards = Path(args.preferences) / "preferences"
+        num_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, args.clip_length))
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+
+    # 2. Hardware and seeds
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:  # glibc maps and unmaps each buffer over 32 MB: page faults took 40 % of a reward-model step
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)  # initial parameters and dropout; everything else has a generator of its own
-    rngs = {
-        name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("policy", "query", "teacher", "reward"))
-    }
+    if sys.platform == "linux":  # glibc maps and unmaps every buffer over 32 MB: 40 % of a reward-model step
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)  # initial parameters and dropout; all else has a generator of its own
+    names = ("policy", "query", "teacher", "reward")
+    rngs = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(names)}
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 10))  # actions
 
-    # 2. Environments, policy, reward model, preferences
-    envs = make_envs(args, args.num_envs)
-    boxes = hud_boxes(args.env_id)
+    # 3. Environments, policy, reward model, preferences
+    envs, boxes = make_envs(args, args.num_envs), hud_boxes(args.env_id)
     if not boxes:
-        print(f"{args.env_id}: no screen areas to hide are known; a score on the screen gives the reward away")
-    num_actions = int(envs.single_action_space.n)
-    agent = Agent(num_actions, args.bf16).to(device, memory_format=torch.channels_last)
+        print(f"{args.env_id}: nothing on the screen is hidden, since where its score stands is not known")
+    agent = Agent(int(envs.single_action_space.n), args.bf16).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    ensemble = reward_optimizer = preferences = None
-    learns_reward = not args.true_reward and not args.reward_model
-    if args.reward_model:
-        ensemble = load_reward_model(args.reward_model, args, device)
-    elif learns_reward:
+    modules = {"agent": agent, "optimizer": optimizer}
+    progress = Progress()
+    pool = SegmentPool(args.pool_rows, args.num_envs, device)
+    recent_sums: list[float] = []  # of the last 1,000 segments asked about, for imperfect teachers
+    recent_returns: list[float] = []  # of the last 20 finished episodes
+    if learns_reward:
         l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
         ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
         ensemble = ensemble.to(device, memory_format=torch.channels_last)
         reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
-    pool = SegmentPool(args.pool_rows, args.num_envs, device)
-    recent_sums: list[float] = []  # of the last 1,000 segments asked about, for imperfect teachers
-    recent_returns: list[float] = []  # of the last 20 finished episodes
-    progress = Progress()
-    if learns_reward:
-        loaded = list(read_shards(Path(args.preferences) / "preferences", args.clip_length)) if args.preferences else []
-        num_loaded = sum(len(arrays["mu"]) for _, arrays in loaded)
-        total_labels = num_loaded + args.labels
-        capacity = total_labels if args.ablation == "no-online-queries" else min(args.label_window, total_labels)
+        modules |= {"ensemble": ensemble, "reward_optimizer": reward_optimizer}
+        capacity = num_loaded + args.labels
+        if args.ablation != "no-online-queries":
+            capacity = min(capacity, args.label_window)
         preferences = Preferences(run_dir / "preferences", capacity, args.clip_length, args.members, device)
-        if not args.resume:
-            for _, arrays in loaded:  # copied, so that this run needs no other; segments of another run's rows: -1
-                preferences.add(**{**arrays, "segments": np.full_like(arrays["segments"], -1)})
+        if args.preferences and not checkpoint:  # copied, so that this run needs no other
+            for arrays in read_shards(shards, args.clip_length):
+                preferences.add(**arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
             progress.labels_loaded = num_loaded
 
-    # 3. Streams: what lasts from one rollout to the next, per environment
-    next_frames = None
+    # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
+    streams = np.zeros((4, args.num_envs))
+    history, lives, episode_return, episode_length = streams  # history: earlier frames of the same episode, at most 3
     actions_since_reset: list[torch.Tensor] = []
-    history = np.zeros(args.num_envs, dtype=np.uint8)  # frames of the same episode before the current one, at most 3
-    lives = np.zeros(args.num_envs, dtype=np.int64)
-    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-
+    policy_log, reward_log = {}, {}
     if checkpoint:
         progress = Progress(**checkpoint["progress"])
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ensemble:
-            ensemble.load_state_dict(checkpoint["ensemble"])
-        if learns_reward:
-            reward_optimizer.load_state_dict(checkpoint["reward_optimizer"])
-            for path in preferences.folder.glob("*"):  # written after the checkpoint: these labels come again
-                if path.suffix != ".npz" or int(path.stem) >= checkpoint["labels_on_disk"]:
-                    path.unlink()
-            for _, arrays in read_shards(preferences.folder, args.clip_length):
-                preferences.add(**arrays, save=False)
-            if preferences.count != checkpoint["labels_on_disk"]:
-                fail(f"{preferences.folder} holds {preferences.count} of {checkpoint['labels_on_disk']} labels")
-        for name, tensor in checkpoint["pool"].items():
-            getattr(pool, name).copy_(tensor)
-        pool.count = checkpoint["pool_count"]
-        recent_sums, recent_returns = checkpoint["recent_sums"], checkpoint["recent_returns"]
-        for name, rng in rngs.items():
-            rng.bit_generator.state = json.loads(checkpoint["rngs"][name])
-        generator.set_state(checkpoint["generator"].cpu())
-        torch.set_rng_state(checkpoint["torch_rng"].cpu())
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        for name, value in checkpoint["pool"].items():
+            setattr(pool, name, value.to(device) if torch.is_tensor(value) else value)
+        for name, state in checkpoint["rngs"].items():
+            rngs[name].bit_generator.state = json.loads(state)
+        generator.set_state(checkpoint["generator"])
+        torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), device)
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        recent_sums, recent_returns = checkpoint["recent_sums"], checkpoint["recent_returns"]
+        policy_log, reward_log = checkpoint["policy_log"], checkpoint["reward_log"]
+        if learns_reward:
+            preferences.restore(checkpoint["labels_on_disk"])
         last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
         next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
         actions_since_reset = list(checkpoint["actions_since_reset"])
-        for action in torch.cat(actions_since_reset).cpu().numpy():  # the emulator has no other way to save its state
+        for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # ALE's vector can't save its state
             next_frames, *_ = envs.step(action.astype(np.int64))
-        history, lives, episode_return, episode_length = (checkpoint["streams"][i].cpu().numpy() for i in range(4))
-        history, lives, episode_length = (
-            history.astype(np.uint8),
-            lives.astype(np.int64),
-            episode_length.astype(np.int64),
-        )
+        streams[:] = checkpoint["streams"].numpy()
 
-    # 4. Storage of one rollout, logging, signals
+    # 5. Storage of one rollout, logging, signals
     shape = (args.num_steps, args.num_envs)
     obs = torch.zeros(*shape, 4, 84, 84, dtype=torch.uint8, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    b_history, env_rewards = np.zeros(shape, dtype=np.uint8), np.zeros(shape)
+    histories, env_rewards = np.zeros(shape, dtype=np.uint8), np.zeros(shape)
     lost, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    loss_function = minibatch_loss
-    if args.compile:
-        loss_function = compile_or_not(minibatch_loss, agent, args)
+    loss_function = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
     writer = SummaryWriter(str(run_dir))
     if args.track:
         import wandb
 
         wandb_run = wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-            id=run_dir.name, resume="allow", dir=str(run_dir), group=f"{args.env_id}-{args.feedback}", save_code=True,
+            project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name,
+            group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
         )  # fmt: skip
         wandb_run.define_metric("*", step_metric="global_step")
 
     def log(scalars: dict):
         """To TensorBoard, and to W&B with steps and labels beside it: either can be the x axis there."""
-        scalars = {k: v.item() if torch.is_tensor(v) else v for k, v in scalars.items() if v is not None}
         for name, value in scalars.items():
             writer.add_scalar(name, value, progress.global_step)
         if args.track:
-            wandb_run.log({**scalars, "global_step": progress.global_step, "labels": progress.labels_used})
+            wandb_run.log(scalars | {"global_step": progress.global_step, "labels": progress.labels_used})
 
-    stop = []
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, _: stop.append(number))
-    total_steps = args.num_iterations * args.batch_size
+    stop: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
+    total_steps = args.num_iterations * args.batch_size  # whole rollouts
     print(
-        f"{run_dir}: {args.env_id}, {args.feedback}, {total_steps:,} steps in {args.num_iterations:,} updates, "
-        f"{args.labels:,} labels, {args.device} with {args.torch_threads} threads, "
-        f"{'bfloat16' if args.bf16 else 'float32'}",
-        flush=True,
-    )
-    if total_steps != args.total_timesteps and not args.resume:
-        print(f"--total-timesteps {args.total_timesteps:,} rounded up to whole rollouts: {total_steps:,}")
+        f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps (--total-timesteps "
+        f"rounded up to {args.num_iterations:,} rollouts), {args.device}, {args.torch_threads} threads", flush=True
+    )  # fmt: skip
     bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", unit_scale=True, disable=None)
     warned: set[str] = set()
-    info, reward_info = {}, {}
-    if args.reward_model and progress.fitted_from < 0:
-        progress.fitted_from = 0
-    session_started, last_line = time.time() - progress.wall_seconds, (time.time(), progress.global_step)
+    trained = False  # a policy update of this process is done, so whatever compiles is compiled
+    started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
+    if args.reward_model:
+        progress.paid_from = 0
 
     while progress.iteration < args.num_iterations and not stop:
         update_started, evaluation_seconds = time.time(), 0.0
 
-        # 5. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
+        # 6. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
         #    replay them; the agent sees neither that nor any other end.
         if progress.iteration % args.reset_every == 0:
             next_frames, infos = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
+            streams[:], lives[:] = 0, infos["lives"]
             actions_since_reset = []
-            history[:], lives[:] = 0, infos["lives"]
-            episode_return[:], episode_length[:] = 0, 0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (
-            1 - progress.iteration / args.num_iterations if args.anneal_lr else 1
-        )
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress.iteration / args.num_iterations)
         progress.iteration += 1
+        progress.global_step += args.batch_size
         finished_episodes = []
         next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
         for step in range(args.num_steps):
-            obs[step], b_history[step] = next_obs, history
+            obs[step], histories[step] = next_obs, history
             with torch.no_grad():
-                actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(
-                    next_obs, generator=generator
-                )
-            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(actions[step].cpu().numpy())
+                action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
+            actions[step] = action
+            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
             ended[step] = terminated | truncated
-            lost[step] = terminated | (infos["lives"] < lives)  # at an end, the lives are those of the next episode
+            lost[step] = terminated | (infos["lives"] < lives)  # after an end, infos are the next episode's
             lives[:] = infos["lives"]
+            history[:] = np.where(ended[step], 0, np.minimum(history + 1, 3))
             episode_return += env_rewards[step]
             episode_length += 1
-            history = np.where(ended[step], 0, np.minimum(history + 1, 3)).astype(np.uint8)
             for i in np.flatnonzero(ended[step]):
                 finished_episodes.append((episode_return[i], episode_length[i]))
-                episode_return[i], episode_length[i] = 0, 0
-        actions_since_reset.append(actions.to(torch.uint8))
-        progress.global_step += args.batch_size
+                episode_return[i] = episode_length[i] = 0
+        actions_since_reset.append(actions.to("cpu", torch.uint8))
         recent_returns = (recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
 
-        # 6. Rewards: all of the rollout by one model, in one go. From here on nothing but the log reads env_rewards.
+        # 7. Rewards: the whole rollout by one model, in one go. But for the log, nothing below reads env_rewards.
         oracle_rewards = oracle_rewards_of(env_rewards, lost, args)
-        if args.true_reward:  # scaled by a running std as the predictor's are
-            rewards = np.sign(env_rewards)
+        if args.true_reward:  # scaled by a running std, as the predictor's are
             keep = 0.9 if progress.iteration > 1 else 0.0
-            progress.true_reward_var = keep * progress.true_reward_var + (1 - keep) * float(rewards.var())
+            progress.true_reward_var *= keep
+            progress.true_reward_var += (1 - keep) * float(np.sign(env_rewards).var())
             scale = args.reward_std / max(math.sqrt(progress.true_reward_var), args.reward_std_floor)
-            pred_rewards = torch.as_tensor(rewards * scale, dtype=torch.float32, device=device)
-        elif progress.fitted_from >= 0:
+            pred_rewards = torch.as_tensor(scale * np.sign(env_rewards), dtype=torch.float32, device=device)
+        elif progress.paid_from < 0:
+            pred_rewards = torch.zeros(shape, device=device)
+        else:
             raw = ensemble.score(obs.flatten(0, 1))
             pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).view(shape)
-        else:
-            pred_rewards = torch.zeros(shape, device=device)
-        pool.add(
-            obs[:, :, -1],
-            torch.as_tensor(b_history, device=device),
-            torch.as_tensor(oracle_rewards, device=device),
-            pred_rewards,
-        )
+        pool.add(obs[:, :, -1], torch.as_tensor(histories), torch.as_tensor(oracle_rewards), pred_rewards)
 
-        # 7. Update the policy (not while the first labels are collected: those come from the untrained one)
-        if args.true_reward or progress.fitted_from >= 0:
+        # 8. Update the policy, unless the first labels are still being collected: those are of the untrained one
+        pays = args.true_reward or progress.paid_from >= 0
+        if pays:
             with torch.no_grad():
                 next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
-            if args.true_reward:  # the baseline sees lost lives and ends, as CleanRL's does
-                dones = torch.as_tensor(lost | ended, dtype=torch.float32, device=device)
-            else:
-                dones = torch.zeros_like(values)
+            # Only the baseline sees lost lives and ends, as CleanRL's agent does
+            dones = torch.as_tensor((lost | ended) & args.true_reward, dtype=torch.float32, device=device)
             advantages, returns = compute_gae(
                 pred_rewards, values, next_values * (1 - dones), dones, args.gamma, args.gae_lambda
             )
-            info = update_policy(
+            policy_log = update_policy(
                 agent, optimizer, loss_function, obs.flatten(0, 1), actions.flatten(), logprobs.flatten(),
                 advantages.flatten(), returns.flatten(), values.flatten(), rngs["policy"], args,
             )  # fmt: skip
 
-        # 8. Ask when enough labels are due, and store each answer with copies of its clips
-        if learns_reward:
-            collecting = progress.labels_used < args.initial_labels
-            last = progress.iteration == args.num_iterations
-            if collecting:
-                first = max(pool.first_start(), progress.fresh_from)
-                askable = (pool.count - first) * args.num_envs // (4 * args.clip_length)
-                due = min(args.initial_labels - progress.labels_used, askable)
-                enough = min(args.query_batch, args.initial_labels - progress.labels_used)
-            else:
-                first = pool.first_start()
-                wanted = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
-                due = min(wanted - progress.labels_used, args.query_limit)
-                enough = args.query_batch
-            attempts = 0
-            while due >= (1 if last else enough) and due > 0 and attempts < (20 if last else 1):
-                active = not collecting and args.ablation not in ("random-queries", "no-ensemble") and args.members > 1
-                pairs = select_pairs(ensemble if active else None, pool, preferences, due, first, rngs["query"], args)
-                segments = pairs.reshape(-1, 2)
-                rewards = pool.gather("oracle_rewards", segments, 0, args.clip_length).cpu().numpy()
-                rewards = rewards.astype(np.float64).reshape(len(pairs), 2, -1)
-                mu, skipped = teacher_answers(rngs["teacher"], rewards, recent_sums, args)
-                recent_sums = (recent_sums + rewards.sum(-1).flatten().tolist())[-1000:]
-                kept = ~skipped
-                frames, clip_history = (
-                    x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:])[kept]
-                    for x in pool.clips(segments, args.clip_length)
-                )
-                if kept.any():
-                    preferences.add(
-                        frames, clip_history, mu[kept], rewards.sum(-1)[kept].astype(np.float32), pairs[kept]
-                    )
-                progress.asked += len(pairs)
-                progress.skipped += int(skipped.sum())
-                progress.labels_used += int(kept.sum())
-                progress.ties += int((mu[kept] == 0.5).sum())
-                due -= int(kept.sum())
-                attempts += 1
-                progress.fresh_from = pool.count
+        # 9. Ask when enough labels are due, and store each answer with copies of its clips
+        last = progress.iteration == args.num_iterations
+        missing = args.initial_labels - progress.labels_used
+        if missing > 0:  # from fresh rows only, four times as many as the segments hold
+            first = max(pool.first_start(), progress.fresh_from)
+            due = min(missing, (pool.count - first) * args.num_envs // (4 * args.clip_length))
+            enough = min(QUERY_BATCH, missing)
+        else:
+            first = pool.first_start()
+            wanted = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
+            due = min(wanted - progress.labels_used, args.query_limit)
+            enough = 1 if last else QUERY_BATCH
+        disputed = missing <= 0 and args.ablation not in ("random-queries", "no-ensemble")
+        for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
+            if due < enough:
+                break
+            pairs = select_pairs(ensemble if disputed else None, pool, preferences, due, first, rngs["query"], args)
+            starts = pairs.reshape(-1, 2)
+            rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
+            rewards = rewards.reshape(len(pairs), 2, -1)
+            sums = rewards.sum(-1)
+            mu, skipped = teacher_answers(rngs["teacher"], rewards, recent_sums, args)
+            recent_sums = (recent_sums + sums.flatten().tolist())[-1000:]
+            clips, histories_of_clips = (x.cpu().numpy() for x in pool.clips(starts, args.clip_length))
+            answers = {
+                "frames": clips.reshape(len(pairs), 2, *clips.shape[1:]),
+                "history": histories_of_clips.reshape(len(pairs), 2, -1),
+                "mu": mu,
+                "returns": sums.astype(np.float32),
+                "segments": pairs,
+            }
+            preferences.add(**{name: array[~skipped] for name, array in answers.items()})
+            progress.fresh_from = pool.count
+            progress.asked += len(pairs)
+            progress.skipped += int(skipped.sum())
+            progress.labels_used += int((~skipped).sum())
+            progress.ties += int((mu[~skipped] == 0.5).sum())
+            due -= int((~skipped).sum())
+            enough = 1
 
-            # 9. Update the reward model, then renew its statistics over rows of the recent pool
-            if progress.fitted_from < 0 and progress.labels_used >= args.initial_labels:
+        # 10. Update the reward model, then renew its statistics over rows of the recent pool
+        if learns_reward and progress.labels_used >= args.initial_labels:
+            if progress.paid_from < 0:
                 pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
-                progress.fitted_from = progress.global_step
-            if progress.fitted_from >= 0:
-                paid_steps = progress.global_step - progress.fitted_from
-                minibatches = (
-                    int(paid_steps * args.pairs_per_step - progress.pairs_presented) // args.reward_minibatch_size
+                progress.paid_from = progress.global_step
+            owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
+            minibatches = int(owed) // args.reward_minibatch_size
+            if minibatches:
+                reward_log = update_reward_model(
+                    ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
                 )
-                if minibatches:
-                    reward_info = update_reward_model(
-                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
-                    )
-                    progress.pairs_presented += minibatches * args.reward_minibatch_size
-                if minibatches or paid_steps == 0:
-                    rows = np.stack([rngs["reward"].integers(args.num_envs, size=1000),
-                                     rngs["reward"].integers(pool.first_start(), pool.count, size=1000)], 1)  # fmt: skip
-                    ensemble.renew_statistics(frames_to_stacks(*pool.clips(rows, 1)), args.reward_std_floor)
+                progress.pairs_presented += minibatches * args.reward_minibatch_size
+            if minibatches or not ensemble.renewals:
+                rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
+                ensemble.renew_statistics(frames_to_stacks(*pool.clips(rows, 1)), args.reward_std_floor)
 
-        # 10. Log, evaluate, save
+        # 11. Log, evaluate, save
+        if finished_episodes:
+            mean_return, mean_length = np.mean(finished_episodes, axis=0)
+            log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
         if args.eval_every and progress.iteration % args.eval_every == 0:
-            begun = time.time()
+            evaluation_seconds = time.time()
             result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
             log({"charts/eval_return": result["returns"].mean()})
-            evaluation_seconds = time.time() - begun
+            evaluation_seconds = time.time() - evaluation_seconds
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if progress.iteration > 2 and (args.true_reward or progress.fitted_from not in (-1, progress.global_step)):
+        if pays and trained:
             progress.timed_steps += args.batch_size
             progress.timed_seconds += time.time() - update_started - evaluation_seconds
-        progress.wall_seconds = time.time() - session_started
+        trained |= pays
+        progress.wall_seconds = time.time() - started
         bar.update(args.batch_size)
-        if finished_episodes:
-            log({
-                "charts/episodic_return": np.mean([r for r, _ in finished_episodes]),
-                "charts/episodic_length": np.mean([n for _, n in finished_episodes]),
-            })  # fmt: skip
-        if progress.iteration % args.log_every == 0 or progress.iteration == args.num_iterations:
-            correlation = None
-            if not args.true_reward and progress.fitted_from >= 0:
-                correlation = reward_correlation(pool, np.random.default_rng([args.seed, 13, progress.iteration]), args)
-            speed = (progress.global_step - last_line[1]) / (time.time() - last_line[0])
-            last_line = (time.time(), progress.global_step)
+        due_to_save = bool(stop) or last or progress.iteration % args.checkpoint_every == 0
+        if due_to_save or progress.iteration % args.log_every == 0:
+            policy_log = {name: float(value) for name, value in policy_log.items()}
+            reward_log = {name: float(value) for name, value in reward_log.items()}
+            entropy, accuracy = policy_log.get("entropy", math.nan), reward_log.get("accuracy_heldout", math.nan)
+            correlation = reward_correlation(pool, args, progress.iteration)
+            speed = (progress.global_step - line_step) / (time.time() - line_time)
+            line_time, line_step = time.time(), progress.global_step
             ties = progress.ties / max(progress.labels_used, 1)
-            log(
-                {f"losses/{name}": value for name, value in info.items()}
-                | {f"reward_model/{name}": value for name, value in reward_info.items()}
-                | {
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/SPS": speed,
-                    "labels/used": progress.labels_used,
-                    "labels/ties": ties,
-                    "labels/skipped": progress.skipped,
-                    "reward_model/correlation": correlation,
-                    "reward_model/pred_reward_mean": pred_rewards.mean(),
-                    "reward_model/pred_reward_std": pred_rewards.std(),
-                }
-                | ({"reward_model/raw_std": ensemble.std.mean()} if ensemble else {})
-            )
+            charts = {f"losses/{name}": value for name, value in policy_log.items()}
+            charts |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
+            if ensemble:
+                charts |= {f"reward_model/{name}": value for name, value in reward_log.items()}
+                charts |= {"labels/used": progress.labels_used, "labels/ties": ties, "labels/skipped": progress.skipped}
+                charts |= {"reward_model/correlation": correlation, "reward_model/raw_std": ensemble.std.mean().item()}
+                charts |= {"reward_model/pred_std": pred_rewards.std().item()}
+            log(charts)
             left = (total_steps - progress.global_step) / speed
-            accuracy = float(reward_info.get("accuracy_heldout", math.nan))
-            entropy = float(info.get("entropy", math.nan))
-            line = f"{progress.global_step:>10,} steps {100 * progress.global_step / total_steps:3.0f} %"
-            line += f"  {speed:6,.0f}/s  {int(left // 3600)}:{int(left % 3600 // 60):02d} h left"
-            line += f"  return {np.mean(recent_returns) if recent_returns else math.nan:8.1f}  entropy {entropy:.2f}"
-            if not args.true_reward:
-                line += f"  labels {progress.labels_used:,}/{args.labels:,}  held-out accuracy {accuracy:.2f}"
-                line += f"  correlation {math.nan if correlation is None else correlation:.2f}"
+            line = f"{progress.global_step:>10,} steps {progress.global_step / total_steps:4.0%} {speed:6,.0f}/s"
+            line += f"  {left // 3600:.0f}:{left % 3600 // 60:02.0f} h left  entropy {entropy:4.2f}"
+            line += f"  return {np.mean(recent_returns) if recent_returns else math.nan:7.1f}"
+            if ensemble:
+                line += f"  labels {progress.labels_used:,}/{args.labels:,} ({ties:.0%} ties)"
+                line += f"  held-out accuracy {accuracy:4.2f}  correlation {correlation:5.2f}"
             tqdm.write(line)
             sys.stdout.flush()
-            for key, bad, message in (
-                ("ties", progress.labels_used >= 100 and ties > 0.9, f"{ties:.0%} of the labels are ties"),
-                ("entropy", entropy < 0.05, f"the policy's entropy is {entropy:.3f}: it has stopped exploring"),
-                ("accuracy", accuracy < 0.55 and progress.pairs_presented > 5000,
-                 f"held-out accuracy is {accuracy:.2f}, about chance: the reward model has learned nothing"),
-            ):  # fmt: skip
-                if bad and key not in warned:
-                    warned.add(key)
+            for message, bad in {
+                "nine of ten labels are ties: little can be learned from them": progress.labels_used > 99
+                and ties > 0.9,
+                "the policy's entropy is near zero: it has stopped exploring": entropy < 0.05,
+                "held-out accuracy is at chance: the reward model has learned nothing": accuracy < 0.55
+                and progress.pairs_presented > 5000,
+            }.items():
+                if bad and message not in warned:
+                    warned.add(message)
                     tqdm.write(f"warning: {message}")
-        if stop or progress.iteration % args.checkpoint_every == 0 or progress.iteration == args.num_iterations:
-            streams = np.stack([x.astype(np.float64) for x in (history, lives, episode_return, episode_length)])
-            write_checkpoint(run_dir, {
+        if due_to_save:
+            state = {name: module.state_dict() for name, module in modules.items()}
+            state |= {
                 "progress": asdict(progress),
-                "hardware": [args.device, args.torch_threads],
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
                 "ensemble": ensemble.state_dict() if ensemble else None,
-                "reward_optimizer": reward_optimizer.state_dict() if learns_reward else None,
+                "hardware": [args.device, args.torch_threads],
                 "labels_on_disk": preferences.count if learns_reward else 0,
-                "pool": {name: getattr(pool, name) for name in ("frames", "history", "oracle_rewards", "pred_rewards")},
-                "pool_count": pool.count,
-                "recent_sums": recent_sums,
-                "recent_returns": recent_returns,
+                "pool": vars(pool),
                 "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
                 "generator": generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "recent_sums": recent_sums,
+                "recent_returns": recent_returns,
+                "policy_log": policy_log,
+                "reward_log": reward_log,
                 "actions_since_reset": torch.stack(actions_since_reset),
                 "streams": torch.as_tensor(streams),
-            })  # fmt: skip
+            }
+            write_checkpoint(run_dir, state)
 
-    # 11. The final score, figure, video and summary
+    # 12. The final score, figure, video and summary
     bar.close()
-    envs.close()
+    for number, handler in zip(signals, handlers, strict=True):
+        signal.signal(number, handler)
     finished = progress.iteration == args.num_iterations
-    returns = np.array([])
+    returns = np.array([math.nan])
     if finished:
         result = evaluate(agent, ensemble, args, derive_seed(args.seed, 14), record=1000)
         returns = result["returns"]
         draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
         log({"charts/eval_return": returns.mean()})
     accuracy = held_out(ensemble, preferences, args)[1] if learns_reward and len(preferences) else None
-    correlation = None
-    if not args.true_reward and progress.fitted_from >= 0:
-        correlation = reward_correlation(pool, np.random.default_rng([args.seed, 13, progress.iteration]), args)
-    summary = {
-        "finished": finished,
-        "script": Path(__file__).stem,
-        "env_id": args.env_id,
-        "feedback": args.feedback,
-        "labels": args.labels,
-        "labels_used": progress.labels_used,
-        "asked": progress.asked,
-        "skipped": progress.skipped,
-        "ties": progress.ties,
-        "labels_loaded": progress.labels_loaded,
-        "ablation": args.ablation,
-        "teacher_beta": args.teacher_beta,
-        "teacher_gamma": args.teacher_gamma,
-        "teacher_mistake": args.teacher_mistake,
-        "teacher_skip": args.teacher_skip,
-        "teacher_equal": args.teacher_equal,
-        "seed": args.seed,
-        "total_timesteps": total_steps,
-        "global_step": progress.global_step,
-        "wall_seconds": round(time.time() - session_started, 1),
-        "sps": round(progress.timed_steps / progress.timed_seconds, 1) if progress.timed_seconds else None,
-        "pairs_per_step": args.pairs_per_step if learns_reward else 0.0,
-        "final_return_mean": float(returns.mean()) if finished else None,
-        "final_return_std": float(returns.std()) if finished else None,
+    of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
+    of_args += ("teacher_skip", "teacher_equal", "seed", "pairs_per_step", "device")
+    of_progress = ("global_step", "labels_used", "asked", "skipped", "ties", "labels_loaded")
+    summary = {"finished": finished, "script": SCRIPT, "total_timesteps": total_steps}
+    summary |= {name: getattr(args, name) for name in of_args}
+    summary |= {name: getattr(progress, name) for name in of_progress}
+    summary |= {
+        "wall_seconds": time.time() - started,
+        "sps": progress.timed_steps / progress.timed_seconds if progress.timed_seconds else None,
+        "final_return_mean": float(returns.mean()),
+        "final_return_std": float(returns.std()),
         "final_episodes": len(returns) if finished else None,
         "reward_accuracy_heldout": accuracy,
-        "reward_correlation": correlation,
-        "reward_loss": float(reward_info["loss"]) if reward_info else None,
-        "pg_loss": float(info["policy_loss"]) if info else None,
-        "v_loss": float(info["value_loss"]) if info else None,
-        "entropy": float(info["entropy"]) if info else None,
+        "reward_correlation": reward_correlation(pool, args, progress.iteration) if ensemble else None,
+        "reward_loss": reward_log.get("loss"),
+        "pg_loss": policy_log.get("policy_loss"),
+        "v_loss": policy_log.get("value_loss"),
+        "entropy": policy_log.get("entropy"),
         "params_sha256": params_sha256(agent, *([ensemble] if ensemble else [])),
         "commit": git_commit(),
-        "device": args.device,
     }
-    summary = {name: finite(value) for name, value in summary.items()}
+    # JSON has neither infinity nor NaN: what is absent or infinite is null
+    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     writer.close()
     if args.track:
@@ -1592,61 +1542,9 @@ def train(args: Args) -> dict:
         if finished:
             wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
         wandb_run.finish()
-    if finished:
-        print(f"{run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    else:
-        print(f"{run_dir}: stopped at {progress.global_step:,} steps; go on with --resume {run_dir}")
+    score = f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes"
+    print(f"{run_dir}: " + (score if finished else f"stopped; go on with --resume {run_dir}"))
     return summary
-
-
-def compile_or_not(function, agent: Agent, args: Args):
-    """torch.compile, tried on a batch of zeros; the plain function, and one line, where it does not work here."""
-    device, size = next(agent.parameters()).device, args.minibatch_size
-    compiled = torch.compile(function, dynamic=False)
-    try:
-        floats = [torch.zeros(size, device=device) for _ in range(4)]
-        obs = torch.zeros(size, 4, 84, 84, dtype=torch.uint8, device=device)
-        compiled(agent, args, obs, torch.zeros(size, dtype=torch.int64, device=device), *floats)[0].backward()
-    except Exception as error:
-        print(f"torch.compile does not work here ({error.__class__.__name__}): the policy update runs uncompiled")
-        args.compile, compiled = False, function
-    agent.zero_grad()
-    return compiled
-
-
-def evaluate_run(args: Args) -> dict:
-    """--evaluate: score, figure and video of a run's policy, or of the random policy, into its directory."""
-    run_dir = Path(args.evaluate)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    args.device = str(device)
-    checkpoint = read_checkpoint(args.evaluate, args.device)
-    agent = ensemble = None
-    if not args.random:
-        num_actions = len(checkpoint["agent"]["actor.bias"])
-        agent = Agent(num_actions, args.bf16).to(args.device, memory_format=torch.channels_last)
-        agent.load_state_dict(checkpoint["agent"])
-    if checkpoint["ensemble"]:
-        ensemble = load_reward_model(args.evaluate, args, args.device)
-    result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
-    name = "random" if args.random else "evaluation"
-    draw_episode(result, run_dir / name, f"{args.env_id}, {'random policy' if args.random else run_dir.name}")
-    returns = result["returns"]
-    row = {
-        "finished": True,
-        "script": Path(__file__).stem,
-        "env_id": args.env_id,
-        "feedback": "random" if args.random else args.feedback,
-        "seed": args.seed,
-        "global_step": 0 if args.random else checkpoint["progress"]["global_step"],
-        "final_return_mean": float(returns.mean()),
-        "final_return_std": float(returns.std()),
-        "final_episodes": len(returns),
-        "commit": git_commit(),
-        "device": args.device,
-    }
-    (run_dir / name / "summary.json").write_text(json.dumps(row, indent=2))
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes; see {run_dir / name}")
-    return row
 
 
 if __name__ == "__main__":

@@ -1,0 +1,405 @@
+"""Whole runs of ppo_atari_rlhf.py: learning, seeds, ablations, resume, saved labels, bad input, logging.
+
+Most play a toy of a few steps per episode in place of the emulator, through the same `train`; the headline command,
+kills and Weights & Biases run on the real one in a process of their own.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_atari_rlhf as script
+
+ROOT = Path(script.__file__).parent
+
+
+class Toy:
+    """A vector environment with ALE's interface: the screen is bright after action 1, and bright screens pay.
+
+    Episodes last 37 steps plus the environment's number, so ends fall inside of clips.
+    """
+
+    single_action_space = SimpleNamespace(n=3)
+
+    def __init__(self, num_envs, stack_num=4, grayscale=True, **_):
+        self.num_envs, self.stack_num, self.grayscale = num_envs, stack_num, grayscale
+        self.total_steps = 0
+
+    def reset(self, seed):
+        self.length = 37 + np.arange(self.num_envs)
+        self.age = np.zeros(self.num_envs, dtype=int)
+        self.rng = np.random.default_rng(seed)
+        self.bright = self.rng.integers(0, 2, self.num_envs)
+        self.stack = np.zeros((self.num_envs, 4, 84, 84), np.uint8)
+        self.stack[:, -1] = self.frame()
+        return self.observe(), {"lives": np.ones(self.num_envs, dtype=int)}
+
+    def frame(self):
+        frame = np.full((self.num_envs, 84, 84), 40, np.uint8)
+        frame[:, 40:60, 30:60] += (150 * self.bright[:, None, None]).astype(np.uint8)
+        return frame
+
+    def observe(self):
+        if self.grayscale:
+            return self.stack.copy()
+        return np.repeat(np.repeat(self.stack[:, -1:, :, :, None], 3, -1), 2, 2)
+
+    def step(self, action):
+        assert action.shape == (self.num_envs,)
+        rewards, self.bright = self.bright.astype(np.int32), (np.asarray(action) == 1).astype(int)
+        self.age += 1
+        self.total_steps += self.num_envs
+        ended = self.age == self.length
+        self.age[ended] = 0
+        self.stack = np.roll(self.stack, -1, 1)
+        self.stack[ended] = 0
+        self.stack[:, -1] = self.frame()
+        return self.observe(), rewards, ended, np.zeros_like(ended), {"lives": np.ones(self.num_envs, dtype=int)}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
+    monkeypatch.setattr(script, "draw_episode", lambda *_: None)
+    return monkeypatch
+
+
+SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
+SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "512", "--pairs-per-step", "0.25"]
+SMALL += ["--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1", "--no-compile"]
+SMALL += ["--eval-episodes", "2", "--checkpoint-every", "5", "--reset-every", "8"]
+FEEDBACK = ["--oracle", "--labels", "80", "--total-timesteps", "1600"]
+
+
+def run(tmp_path, *flags, small=SMALL):
+    return script.train(script.parse_args([*small, "--runs-dir", str(tmp_path), *flags]))
+
+
+def only(tmp_path) -> Path:
+    (run_dir,) = tmp_path.iterdir()
+    return run_dir
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+def test_the_policy_learns_from_comparisons(tmp_path, toy):
+    """All of it together: from answers about pairs of clips to an agent that does what was preferred.
+
+    A random agent scores a third of an episode's 37 or 38 steps, the best one nearly all."""
+    more = ["--labels", "120", "--total-timesteps", "5120", "--learning-rate", "1e-3", "--update-epochs", "2"]
+    summary = run(tmp_path, "--oracle", *more, "--reward-learning-rate", "1e-3", "--num-steps", "32")
+    assert summary["labels_used"] == 120 and summary["reward_accuracy_heldout"] > 0.8
+    assert summary["reward_correlation"] > 0.7
+    assert summary["final_return_mean"] > 25
+
+
+def test_wrong_answers_teach_the_opposite(tmp_path, toy):
+    """The agent has no other source of reward: with every answer flipped it learns to avoid what pays."""
+    more = ["--labels", "120", "--total-timesteps", "5120", "--learning-rate", "1e-3", "--update-epochs", "2"]
+    more += ["--reward-learning-rate", "1e-3", "--num-steps", "32", "--teacher-mistake", "1"]
+    assert run(tmp_path, "--oracle", *more)["final_return_mean"] < 6
+
+
+# --------------------------------------------------------------------------------------------------- runs and numbers
+def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
+    """Traps 28, 36 and 41: labels and steps are counted once, and there are exactly as many as asked for."""
+    made = []
+    toy.setattr(script, "make_envs", lambda args, n, **kwargs: made.append(Toy(n, **kwargs)) or made[-1])
+    summary = run(tmp_path, *FEEDBACK, "--log-every", "5")
+    assert summary["finished"] and summary["labels_used"] == summary["labels"] == 80
+    assert summary["asked"] == 80 and summary["skipped"] == 0
+    assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 1600
+    run_dir = only(tmp_path)
+    stored = list(script.read_shards(run_dir / "preferences", 4))
+    assert sum(len(s["mu"]) for s in stored) == 80
+    assert sum((s["mu"] == 0.5).sum() for s in stored) == summary["ties"] > 0
+    for s in stored:  # the answers are the oracle's
+        assert np.array_equal(s["mu"], (np.sign(s["returns"][:, 0] - s["returns"][:, 1]) + 1) / 2)
+    pairs = np.concatenate([s["segments"] for s in stored])
+    assert len({frozenset(map(tuple, pair)) for pair in pairs.tolist()}) == 80
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert all(np.isfinite(summary[name]) for name in ("reward_loss", "pg_loss", "v_loss", "entropy"))
+    assert summary["teacher_beta"] is None  # infinite
+    assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {
+        "args", "checkpoint", "summary", "preferences", "events",
+    }  # fmt: skip
+    with pytest.raises(SystemExit):  # a finished run is not run on
+        run(tmp_path, "--resume", str(run_dir), "--seed", "3", small=[])
+
+
+def test_same_seed_same_parameters_other_seed_others(tmp_path, toy):
+    first, again = (run(tmp_path / name, *FEEDBACK)["params_sha256"] for name in "ab")
+    other = run(tmp_path / "c", *FEEDBACK, "--seed", "2")["params_sha256"]
+    assert first == again != other
+
+
+def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
+    hashes = {}
+    for ablation in script.Ablation.__args__:
+        summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation)
+        assert summary["labels_used"] == 80 and summary["ablation"] == ablation
+        assert np.isfinite(summary["reward_loss"])
+        hashes[ablation] = summary["params_sha256"]
+        stored = list(
+            script.read_shards(only(tmp_path / ablation) / "preferences", 1 if ablation == "no-segments" else 4)
+        )
+        state = script.read_checkpoint(str(only(tmp_path / ablation)))["ensemble"]
+        assert len(state["mean"]) == (1 if ablation == "no-ensemble" else 3)
+        assert (state["l2_coef"] == 0).all() == (ablation == "no-regularization")
+        initial = sum(len(s["mu"]) for s in stored if s["segments"][..., 1].max() < 200)
+        assert (initial == 80) == (ablation == "no-online-queries")
+    assert len(set(hashes.values())) == 7
+
+
+def test_true_reward_pays_the_score_and_sees_ends(tmp_path, toy):
+    dones = []
+    gae = script.compute_gae
+    toy.setattr(script, "compute_gae", lambda *a: dones.append((a[0], a[3])) or gae(*a))
+    summary = run(tmp_path, "--true-reward", "--total-timesteps", "1600")
+    assert summary["labels"] == summary["labels_used"] == 0 and summary["reward_accuracy_heldout"] is None
+    assert torch.cat([d for _, d in dones]).sum() >= 4 * 400 // 40 - 12  # ends, less those that resets cut
+    rewards = dones[5][0]
+    assert set(rewards.unique().tolist()) <= {0.0, rewards.max().item()} and rewards.max() > 0.05
+    dones.clear()
+    run(tmp_path / "labels", *FEEDBACK)
+    assert not torch.cat([d for _, d in dones]).any()  # trap 32: hidden
+
+
+def test_given_the_labels_the_true_reward_changes_nothing(tmp_path, toy):
+    """Trap 38: with the reward replaced by noise, labels loaded from before, the run ends in the same parameters."""
+    run(tmp_path / "labels", *FEEDBACK)
+    loaded = ["--oracle", "--labels", "0", "--preferences", str(only(tmp_path / "labels")), "--total-timesteps", "640"]
+    honest = run(tmp_path / "honest", *loaded)
+    step, noise = Toy.step, np.random.default_rng(0)
+
+    def noisy(self, action):
+        frames, rewards, *rest = step(self, action)
+        return frames, noise.normal(size=rewards.shape), *rest
+
+    toy.setattr(Toy, "step", noisy)
+    assert run(tmp_path / "noise", *loaded)["params_sha256"] == honest["params_sha256"]
+    assert honest["labels_loaded"] == 80 and honest["labels_used"] == honest["asked"] == 0
+
+
+def test_imperfect_teachers_and_skips_keep_the_budget(tmp_path, toy):
+    summary = run(tmp_path, *FEEDBACK, "--teacher-skip", "0.4", "--teacher-mistake", "0.2", "--teacher-equal", "0.3")
+    assert summary["labels_used"] == 80 and summary["skipped"] > 0
+    assert summary["asked"] == summary["labels_used"] + summary["skipped"]
+
+
+def test_a_frozen_reward_model_pays_a_new_agent(tmp_path, toy):
+    run(tmp_path / "first", *FEEDBACK)
+    source = only(tmp_path / "first")
+    learned = script.read_checkpoint(str(source))["ensemble"]
+    summary = run(
+        tmp_path / "b", "--oracle", "--labels", "0", "--reward-model", str(source), "--total-timesteps", "640"
+    )
+    assert summary["finished"] and summary["asked"] == 0
+    frozen = script.read_checkpoint(str(only(tmp_path / "b")))["ensemble"]
+    assert all(torch.equal(frozen[name], learned[name]) for name in learned)
+
+
+def test_labels_can_be_reused_and_added_to(tmp_path, toy):
+    run(tmp_path / "first", *FEEDBACK)
+    source = str(only(tmp_path / "first"))
+    summary = run(tmp_path / "b", "--oracle", "--labels", "40", "--preferences", source, "--total-timesteps", "640")
+    assert (summary["labels_loaded"], summary["labels_used"]) == (80, 40)
+    stored = list(script.read_shards(only(tmp_path / "b") / "preferences", 4))
+    assert sum(len(s["mu"]) for s in stored) == 120  # the run directory needs no other
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
+    """Trap 40. Stopped in order by SIGTERM twice, once between two checkpoints and while initial labels are asked."""
+    whole = run(tmp_path / "whole", *FEEDBACK)
+    stops, step = iter([5, 200]), Toy.step
+
+    def interrupted(self, action):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, action)
+
+    toy.setattr(Toy, "step", interrupted)
+    toy.setattr(Toy, "stop_at", next(stops), raising=False)
+    summary = run(tmp_path / "cut", *FEEDBACK)
+    assert not summary["finished"] and summary["final_return_mean"] is None
+    cut = only(tmp_path / "cut")
+    toy.setattr(Toy, "stop_at", next(stops))
+    assert not run(tmp_path, "--resume", str(cut), small=[])["finished"]
+    toy.setattr(Toy, "stop_at", 0)
+    resumed = run(tmp_path, "--resume", str(cut), small=[])
+    different = {name for name in whole if whole[name] != resumed[name]}
+    assert different <= {"wall_seconds", "sps"} and resumed["params_sha256"] == whole["params_sha256"]
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path, toy):
+    run(tmp_path, *FEEDBACK)
+    run_dir = only(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    toy.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        script.write_checkpoint(run_dir, {})
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
+    """Trap 43."""
+    toy.setattr(script, "update_policy", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, *FEEDBACK)
+    assert not (only(tmp_path) / "summary.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "exactly one of"),
+        (["--oracle", "--true-reward"], "exactly one of"),
+        (["--oracle", "--env-id", "ALE/Pnog-v5"], "ALE/Pong-v5"),
+        (["--oracle", "--env-id", "Hopper-v5"], "not an ALE game"),
+        (["--oracle", "--ablation", "no-labels"], "invalid choice"),
+        (["--oracle", "--labels", "-3"], "negative"),
+        (["--oracle", "--labels", "0"], "nothing to learn from"),
+        (["--oracle", "--labels", "5500", "--total-timesteps", "10000"], "more than"),
+        (["--oracle", "--num-minibatches", "7"], "does not divide"),
+        (["--oracle", "--teacher-mistake", "1.5"], "outside [0, 1]"),
+        (["--oracle", "--gamma", "nan"], "outside [0, 1]"),
+        (["--oracle", "--num-envs", "0"], "at least 1"),
+        (["--oracle", "--learning-rate", "-1"], "at least 0"),
+        (["--oracle", "--ablation", "target", "--teacher-mistake", "0.1"], "--teacher"),
+        (["--true-reward", "--labels", "10"], "learns no reward"),
+        (["--oracle", "--labels", "0", "--preferences", "nowhere"], "not a run directory"),
+        (["--oracle", "--labels", "0", "--reward-model", "nowhere"], "not a run directory"),
+        (["--oracle", "--device", "cuda:99"], "not available"),
+        (["--resume", "nowhere"], "not a run directory"),
+        (["--evaluate", "nowhere"], "not a run directory"),
+        (["--human"], "label server"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, monkeypatch, capfd, flags, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        script.train(script.parse_args(flags))
+    assert end.value.code == 2 and not list(tmp_path.iterdir())
+    shown = capfd.readouterr().err
+    assert said in " ".join(shown.replace("│", " ").split())
+    if "invalid choice" not in said:  # that one is drawn by the command line's library
+        assert len(shown.strip().splitlines()) == 1
+
+
+def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
+    run(tmp_path / "good", *FEEDBACK)
+    good = only(tmp_path / "good")
+    labels = ["--oracle", "--labels", "0", "--total-timesteps", "640", "--preferences", str(good)]
+
+    def refused(said, *flags, small=()):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path / "new", *flags, small=small)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+        assert not list((tmp_path / "new").iterdir())
+
+    refused("--seed can't be changed", "--resume", str(good), "--seed", "4", small=())
+    refused("another shape", *labels, "--segment-length", "5", small=SMALL)
+    refused("a run of", *labels, "--env-id", "ALE/Breakout-v5", small=SMALL)
+    shard = sorted((good / "preferences").iterdir())[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    refused("truncated", *labels, small=SMALL)
+    refused("truncated", "--resume", str(good))
+    shard.unlink()
+    refused("labels that the checkpoint counts", "--resume", str(good))
+    shard.write_bytes(whole)
+    checkpoint = (good / "checkpoint.pt").read_bytes()
+    (good / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    refused("truncated", "--resume", str(good))
+    (good / "checkpoint.pt").unlink()
+    refused("no checkpoint", "--evaluate", str(good))
+    args = json.loads((good / "args.json").read_text()) | {"script": "a2c_atari_rlhf"}
+    (good / "args.json").write_text(json.dumps(args))
+    refused("written by a2c_atari_rlhf", "--resume", str(good))
+    (good / "args.json").write_text("{")
+    refused("not a run directory", "--resume", str(good))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit) as end:
+        run(file / "sub", *FEEDBACK)
+    assert end.value.code == 2 and "can't write to" in capsys.readouterr().err
+
+
+def test_sweeps_spell_booleans_their_own_way():
+    args = script.parse_args(["--oracle=True", "--true_reward=False", "--anneal_lr=False", "--learning_rate=0.001"])
+    assert args.oracle and not args.true_reward and not args.anneal_lr and args.learning_rate == 0.001
+
+
+# ------------------------------------------------------------------------------------------- the real thing, from outside
+def command(*flags):
+    return [sys.executable, str(ROOT / "ppo_atari_rlhf.py"), *flags]
+
+
+REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--no-compile"]
+REAL += ["--torch-threads", "1", "--env-threads", "1", "--pretrain-pairs", "512", "--query-pool-steps", "2000"]
+REAL += ["--checkpoint-every", "3", "--reset-every", "7", "--eval-episodes", "1", "--log-every", "5"]
+REAL += ["--oracle", "--labels", "24", "--total-timesteps", "3840", "--env-id", "ALE/Seaquest-v5"]
+
+
+def test_help_tells_what_the_defaults_do():
+    shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+    assert "10M steps" in shown and "--ablation" in shown and "hours" in shown
+
+
+def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
+    """SIGKILL on the real emulator, wherever it hits; benchmarks/kill_resume.py does this ten times at length."""
+    whole = subprocess.run(command(*REAL, "--runs-dir", str(tmp_path / "whole")), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(command(*REAL, "--runs-dir", str(tmp_path / "cut")), stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("cut/*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(random.random() * 4)
+    process.kill()
+    process.wait()
+    cut = only(tmp_path / "cut")
+    end = subprocess.run(command("--resume", str(cut)), capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (only(tmp_path / "whole"), cut)]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    assert summaries[0]["labels_used"] == summaries[1]["labels_used"] == 24
+    assert all(s["final_episodes"] == 1 and s["final_return_mean"] >= 0 for s in summaries)
+    assert (cut / "episode" / "episode.webm").stat().st_size > 10_000
+    assert "warning" not in (whole.stdout + whole.stderr + end.stdout + end.stderr).lower()
+
+    shown = subprocess.run(command("--evaluate", str(cut), "--random", "--eval-episodes", "2"), capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    row = json.loads((cut / "random" / "summary.json").read_text())
+    assert row["feedback"] == "random" and row["final_episodes"] == 2 and row["final_return_mean"] > 0
+
+
+def test_weights_and_biases_works_offline(tmp_path):
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = [*REAL, "--track", "--runs-dir", str(tmp_path), "--total-timesteps", "2560", "--labels", "16"]
+    done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    (log,) = only(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
+    written = log.read_bytes()
+    for name in (b"charts/episodic_return", b"global_step", b"labels", b"reward_model/accuracy_heldout", b".webm"):
+        assert name in written, name

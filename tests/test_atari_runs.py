@@ -101,7 +101,6 @@ def test_the_policy_learns_from_comparisons(tmp_path, toy):
     more = ["--labels", "120", "--total-timesteps", "5120", "--learning-rate", "1e-3", "--update-epochs", "2"]
     summary = run(tmp_path, "--oracle", *more, "--reward-learning-rate", "1e-3", "--num-steps", "32")
     assert summary["labels_used"] == 120 and summary["reward_accuracy_heldout"] > 0.8
-    assert summary["reward_correlation"] > 0.7
     assert summary["final_return_mean"] > 25
 
 

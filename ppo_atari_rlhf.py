@@ -297,8 +297,9 @@ def check_args(args: Args) -> None:
     if args.oracle_end_penalty is None:
         args.oracle_end_penalty = 0.0 if "Pong" in args.env_id else 1.0
     if args.labels:
-        # Initial pairs come from 4 L fresh steps each, later ones from the pool, query_limit at one occasion.
-        initial_updates = math.ceil(args.initial_labels * 4 * args.clip_length / args.batch_size)
+        # An initial pair needs 4 L fresh steps, and they are asked by the batch; later, query_limit at one occasion.
+        rows = 4 * args.clip_length * QUERY_BATCH / args.num_envs + args.clip_length
+        initial_updates = math.ceil(args.initial_labels / QUERY_BATCH) * math.ceil(rows / args.num_steps)
         online_updates = args.num_iterations - initial_updates
         askable = args.initial_labels + max(online_updates, 0) * args.query_limit
         if args.query_limit < 1 or online_updates < 1 or args.labels > askable:
@@ -591,7 +592,7 @@ class SegmentPool:
             (self.oracle_rewards, oracle_rewards),
             (self.pred_rewards, pred_rewards),
         ):
-            mine[at] = new[-rows:]
+            mine[at] = new[-rows:].to(mine.device)
         self.count += len(frames)
 
     def first_start(self) -> int:
@@ -1166,6 +1167,8 @@ def evaluate_run(args: Args) -> dict:
 
 def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
     """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
+    if pool.count < args.clip_length:
+        return math.nan
     rng = np.random.default_rng(seed)  # of its own: logging does not move training
     starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
     sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
@@ -1373,9 +1376,9 @@ def train(args: Args) -> dict:
         # 9. Ask when enough labels are due, and store each answer with copies of its clips
         last = progress.iteration == args.num_iterations
         missing = args.initial_labels - progress.labels_used
-        if missing > 0:  # from fresh rows only, four times as many as the segments hold
+        if missing > 0:  # from fresh rows only, twice as many as the segments of the pairs hold
             first = max(pool.first_start(), progress.fresh_from)
-            due = min(missing, (pool.count - first) * args.num_envs // (4 * args.clip_length))
+            due = min(missing, (pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length))
             enough = min(QUERY_BATCH, missing)
         else:
             first = pool.first_start()

@@ -78,10 +78,10 @@ def toy(monkeypatch):
 
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
-SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "512", "--pairs-per-step", "0.25"]
+SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256", "--pairs-per-step", "0.25"]
 SMALL += ["--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1", "--no-compile"]
 SMALL += ["--eval-episodes", "2", "--checkpoint-every", "5", "--reset-every", "8"]
-FEEDBACK = ["--oracle", "--labels", "80", "--total-timesteps", "1600"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "960"]
 
 
 def run(tmp_path, *flags, small=SMALL):
@@ -117,17 +117,17 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
     made = []
     toy.setattr(script, "make_envs", lambda args, n, **kwargs: made.append(Toy(n, **kwargs)) or made[-1])
     summary = run(tmp_path, *FEEDBACK, "--log-every", "5")
-    assert summary["finished"] and summary["labels_used"] == summary["labels"] == 80
-    assert summary["asked"] == 80 and summary["skipped"] == 0
-    assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 1600
+    assert summary["finished"] and summary["labels_used"] == summary["labels"] == 48
+    assert summary["asked"] == 48 and summary["skipped"] == 0
+    assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 960
     run_dir = only(tmp_path)
     stored = list(script.read_shards(run_dir / "preferences", 4))
-    assert sum(len(s["mu"]) for s in stored) == 80
+    assert sum(len(s["mu"]) for s in stored) == 48
     assert sum((s["mu"] == 0.5).sum() for s in stored) == summary["ties"] > 0
     for s in stored:  # the answers are the oracle's
         assert np.array_equal(s["mu"], (np.sign(s["returns"][:, 0] - s["returns"][:, 1]) + 1) / 2)
     pairs = np.concatenate([s["segments"] for s in stored])
-    assert len({frozenset(map(tuple, pair)) for pair in pairs.tolist()}) == 80
+    assert len({frozenset(map(tuple, pair)) for pair in pairs.tolist()}) == 48
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert all(np.isfinite(summary[name]) for name in ("reward_loss", "pg_loss", "v_loss", "entropy"))
     assert summary["teacher_beta"] is None  # infinite
@@ -148,7 +148,7 @@ def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
     hashes = {}
     for ablation in script.Ablation.__args__:
         summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation)
-        assert summary["labels_used"] == 80 and summary["ablation"] == ablation
+        assert summary["labels_used"] == 48 and summary["ablation"] == ablation
         assert np.isfinite(summary["reward_loss"])
         hashes[ablation] = summary["params_sha256"]
         stored = list(
@@ -157,8 +157,8 @@ def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
         state = script.read_checkpoint(str(only(tmp_path / ablation)))["ensemble"]
         assert len(state["mean"]) == (1 if ablation == "no-ensemble" else 3)
         assert (state["l2_coef"] == 0).all() == (ablation == "no-regularization")
-        initial = sum(len(s["mu"]) for s in stored if s["segments"][..., 1].max() < 200)
-        assert (initial == 80) == (ablation == "no-online-queries")
+        initial = sum(len(s["mu"]) for s in stored if s["segments"][..., 1].max() < 120)
+        assert (initial == 48) == (ablation == "no-online-queries")
     assert len(set(hashes.values())) == 7
 
 
@@ -189,12 +189,12 @@ def test_given_the_labels_the_true_reward_changes_nothing(tmp_path, toy):
 
     toy.setattr(Toy, "step", noisy)
     assert run(tmp_path / "noise", *loaded)["params_sha256"] == honest["params_sha256"]
-    assert honest["labels_loaded"] == 80 and honest["labels_used"] == honest["asked"] == 0
+    assert honest["labels_loaded"] == 48 and honest["labels_used"] == honest["asked"] == 0
 
 
 def test_imperfect_teachers_and_skips_keep_the_budget(tmp_path, toy):
     summary = run(tmp_path, *FEEDBACK, "--teacher-skip", "0.4", "--teacher-mistake", "0.2", "--teacher-equal", "0.3")
-    assert summary["labels_used"] == 80 and summary["skipped"] > 0
+    assert summary["labels_used"] == 48 and summary["skipped"] > 0
     assert summary["asked"] == summary["labels_used"] + summary["skipped"]
 
 
@@ -214,16 +214,16 @@ def test_labels_can_be_reused_and_added_to(tmp_path, toy):
     run(tmp_path / "first", *FEEDBACK)
     source = str(only(tmp_path / "first"))
     summary = run(tmp_path / "b", "--oracle", "--labels", "40", "--preferences", source, "--total-timesteps", "640")
-    assert (summary["labels_loaded"], summary["labels_used"]) == (80, 40)
+    assert (summary["labels_loaded"], summary["labels_used"]) == (48, 40)
     stored = list(script.read_shards(only(tmp_path / "b") / "preferences", 4))
-    assert sum(len(s["mu"]) for s in stored) == 120  # the run directory needs no other
+    assert sum(len(s["mu"]) for s in stored) == 88  # the run directory needs no other
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
     """Trap 40. Stopped in order by SIGTERM twice, once between two checkpoints and while initial labels are asked."""
     whole = run(tmp_path / "whole", *FEEDBACK)
-    stops, step = iter([5, 200]), Toy.step
+    stops, step = iter([5, 130]), Toy.step
 
     def interrupted(self, action):
         self.calls = getattr(self, "calls", 0) + 1

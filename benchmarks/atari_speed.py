@@ -1,0 +1,96 @@
+"""Speed on Atari, side by side in one run: this repository's scripts, CleanRL's PPO, and the simulator alone.
+
+    python benchmarks/atari_speed.py --rounds 3        # a quarter of an hour on 2 cores; nothing else should run
+
+Rounds go A B C A B C, each in a process of its own, so that a machine that changes its speed does so for all. Writes
+benchmarks/atari_speed.csv: a row per round and candidate with the ratio to CleanRL's of the same round.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "ppo_atari_rlhf.py"
+OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1", "--checkpoint-every", "1000"]
+# 28 updates with policy and reward learning after 4 with initial labels, at half a label per 1,000 steps, as at 10M
+ORACLE = ["--oracle", "--labels", "100", "--total-timesteps", "65536", "--pretrain-pairs", "1024"]
+SIMULATOR = """
+import numpy as np, sys, time; sys.path.insert(0, sys.argv[1]); import ppo_atari_rlhf as script
+args = script.parse_args(["--true-reward"]); script.resolve_hardware(args); args.env_threads = int(sys.argv[2])
+envs = script.make_envs(args, args.num_envs); envs.reset(seed=1); rng = np.random.default_rng(0)
+for _ in range(100): envs.step(rng.integers(0, 6, args.num_envs))
+started = time.time()
+for _ in range(1500): envs.step(rng.integers(0, 6, args.num_envs))
+print("sps", 1500 * args.num_envs / (time.time() - started))
+"""
+
+
+def candidates(threads: int, device: str) -> dict:
+    hardware = ["--torch-threads", str(threads), "--env-threads", str(threads), "--device", device]
+    return {
+        "CleanRL's ppo_atari.py, true reward": [
+            sys.executable, str(HERE / "cleanrl_style_ppo_atari.py"), "8", str(threads),
+        ],
+        "ppo_atari_rlhf.py --oracle, a pair per 32 steps": [*OURS, *ORACLE, *hardware],
+        "ppo_atari_rlhf.py --oracle, a pair per 10 steps": [*OURS, *ORACLE, *hardware, "--pairs-per-step", "0.1"],
+        "ppo_atari_rlhf.py --true-reward": [*OURS, "--true-reward", "--total-timesteps", "32768", *hardware],
+        "simulator alone, 16 environments": [sys.executable, "-c", SIMULATOR, str(SCRIPT.parent), str(threads)],
+    }  # fmt: skip
+
+
+def measure(command: list[str]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        if str(SCRIPT) in command:
+            subprocess.run([*command, "--runs-dir", folder], check=True, stdout=subprocess.DEVNULL)
+            (summary,) = Path(folder).glob("*/summary.json")
+            return json.loads(summary.read_text())["sps"]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return float(re.search(r"sps ([\d.]+)", shown)[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default=str(HERE / "atari_speed.csv"))
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    machine = f"{platform.machine()} {args.threads} threads {args.device}"
+    rows, tried = [], candidates(args.threads, args.device)
+    for number in range(args.rounds):
+        speeds = {}
+        for name, command in tried.items():
+            speeds[name] = measure(command)
+            print(f"round {number + 1}: {speeds[name]:8.0f} steps/s  {name}", flush=True)
+        first = next(iter(speeds.values()))
+        for name, speed in speeds.items():
+            rows.append({
+                "round": number + 1, "candidate": name, "steps_per_second": round(speed, 1),
+                "ratio_to_cleanrl": round(speed / first, 2), "machine": machine,
+                "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
+            })  # fmt: skip
+    with open(args.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\nmedian over rounds      steps/s   ratio to CleanRL's")
+    for name in tried:
+        mine = [row for row in rows if row["candidate"] == name]
+        print(
+            f"{median(r['steps_per_second'] for r in mine):9.0f} {median(r['ratio_to_cleanrl'] for r in mine):9.2f}  {name}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@
         update_reward_model on minibatches from the label window, then renew its statistics
 
     python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
-    python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps (40M frames), labels by the score
+    python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps: about 4 hours on a laptop, less on a GPU
     python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
 
 Where this differs from the paper, and why:

@@ -84,12 +84,11 @@ def main():
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print("\nmedian over rounds      steps/s   ratio to CleanRL's")
+    print("\nmedian over rounds: steps/s, ratio to CleanRL's")
     for name in tried:
         mine = [row for row in rows if row["candidate"] == name]
-        print(
-            f"{median(r['steps_per_second'] for r in mine):9.0f} {median(r['ratio_to_cleanrl'] for r in mine):9.2f}  {name}"
-        )
+        speed, ratio = (median(row[key] for row in mine) for key in ("steps_per_second", "ratio_to_cleanrl"))
+        print(f"{speed:9.0f} {ratio:9.2f}  {name}")
 
 
 if __name__ == "__main__":

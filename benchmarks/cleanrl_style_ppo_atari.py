@@ -1,8 +1,8 @@
 """The yardstick of atari_speed.py: PPO on Atari as CleanRL's ppo_atari.py does it, on today's Gymnasium.
 
 Written for this comparison, in CleanRL's manner and at its settings: Gymnasium's Atari wrappers, 8 environments in a
-SyncVectorEnv, float32 frames, eager float32 PyTorch, 4 epochs of 4 minibatches, a wait for every metric. True reward; no
-reward model. Prints steps per second over all updates but the first.
+SyncVectorEnv, float32 frames, eager float32 PyTorch, 4 epochs of 4 minibatches, a wait for every metric. True reward,
+no reward model. Prints steps per second over all updates but the first.
 """
 
 import sys
@@ -37,7 +37,8 @@ class Agent(nn.Module):
         super().__init__()
         self.network = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(), layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(3136, 512)), nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(3136, 512)),
+            nn.ReLU(),
         )  # fmt: skip
         self.actor, self.critic = layer_init(nn.Linear(512, num_actions), 0.01), layer_init(nn.Linear(512, 1), 1)
 

@@ -65,7 +65,7 @@ def collect(run_dir: Path) -> None:
         {"step": step, **{n: round(float(np.mean(list(point[n].values()))), 4) for n in LOGGED.values() if point[n]}}
         for step, point in sorted(points.items())
     ]
-    fill = {name: "" for name in ("step", *LOGGED.values())}
+    fill = dict.fromkeys(("step", *LOGGED.values()), "")
     write_csv(HERE / "curves" / f"{run_dir.name}.csv", [fill | point for point in curve])
 
 

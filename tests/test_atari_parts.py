@@ -255,7 +255,7 @@ def breakout():
 
 def test_stacks_from_stored_frames_are_the_emulators_own(breakout):
     """Right after a reset, across a game over within a clip, and after the pool has wrapped (traps 3 and 4)."""
-    obs, history, rewards, _, ended, _ = breakout
+    obs, history, _, _, ended, _ = breakout
     pool, L = script.SegmentPool(303, 3, "cpu"), 25
     for part in np.array_split(np.arange(len(obs)), 8):
         zeros = torch.zeros(len(part), 3)

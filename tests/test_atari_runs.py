@@ -4,6 +4,7 @@ Most play a toy of a few steps per episode in place of the emulator, through the
 kills and Weights & Biases run on the real one in a process of their own.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -81,11 +82,12 @@ SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--up
 SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256", "--pairs-per-step", "0.25"]
 SMALL += ["--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1", "--no-compile"]
 SMALL += ["--eval-episodes", "2", "--checkpoint-every", "5", "--reset-every", "8"]
-FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "960"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
 
 
 def run(tmp_path, *flags, small=SMALL):
-    return script.train(script.parse_args([*small, "--runs-dir", str(tmp_path), *flags]))
+    where = [] if "--resume" in flags or "--evaluate" in flags else ["--runs-dir", str(tmp_path)]
+    return script.train(script.parse_args([*small, *where, *flags]))
 
 
 def only(tmp_path) -> Path:
@@ -119,7 +121,7 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
     summary = run(tmp_path, *FEEDBACK, "--log-every", "5")
     assert summary["finished"] and summary["labels_used"] == summary["labels"] == 48
     assert summary["asked"] == 48 and summary["skipped"] == 0
-    assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 960
+    assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 1280
     run_dir = only(tmp_path)
     stored = list(script.read_shards(run_dir / "preferences", 4))
     assert sum(len(s["mu"]) for s in stored) == 48
@@ -151,14 +153,14 @@ def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
         assert summary["labels_used"] == 48 and summary["ablation"] == ablation
         assert np.isfinite(summary["reward_loss"])
         hashes[ablation] = summary["params_sha256"]
-        stored = list(
-            script.read_shards(only(tmp_path / ablation) / "preferences", 1 if ablation == "no-segments" else 4)
-        )
-        state = script.read_checkpoint(str(only(tmp_path / ablation)))["ensemble"]
-        assert len(state["mean"]) == (1 if ablation == "no-ensemble" else 3)
-        assert (state["l2_coef"] == 0).all() == (ablation == "no-regularization")
-        initial = sum(len(s["mu"]) for s in stored if s["segments"][..., 1].max() < 120)
-        assert (initial == 48) == (ablation == "no-online-queries")
+        length = 1 if ablation == "no-segments" else 4
+        stored = list(script.read_shards(only(tmp_path / ablation) / "preferences", length))
+        checkpoint = script.read_checkpoint(str(only(tmp_path / ablation)))
+        assert len(checkpoint["ensemble"]["mean"]) == (1 if ablation == "no-ensemble" else 3)
+        assert (checkpoint["ensemble"]["l2_coef"] == 0).all() == (ablation == "no-regularization")
+        rows = checkpoint["progress"]["paid_from"] // 4  # per environment, before the policy was first paid
+        initial = sum(len(shard["mu"]) for shard in stored if shard["segments"][..., 1].max() < rows)
+        assert initial == (48 if ablation == "no-online-queries" else 12)
     assert len(set(hashes.values())) == 7
 
 
@@ -350,7 +352,7 @@ def test_sweeps_spell_booleans_their_own_way():
     assert args.oracle and not args.true_reward and not args.anneal_lr and args.learning_rate == 0.001
 
 
-# ------------------------------------------------------------------------------------------- the real thing, from outside
+# ------------------------------------------------------------------------------------------------- from outside
 def command(*flags):
     return [sys.executable, str(ROOT / "ppo_atari_rlhf.py"), *flags]
 
@@ -363,7 +365,8 @@ REAL += ["--oracle", "--labels", "24", "--total-timesteps", "3840", "--env-id", 
 
 def test_help_tells_what_the_defaults_do():
     shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
-    assert "10M steps" in shown and "--ablation" in shown and "hours" in shown
+    assert "10M steps" in shown and "hours" in shown
+    assert all(f"--{field.name.replace('_', '-')}" in shown for field in dataclasses.fields(script.Args))
 
 
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):

@@ -1193,13 +1193,14 @@ def train(args: Args) -> dict:
         if [args.device, args.torch_threads] != checkpoint["hardware"]:
             print(f"the checkpoint is of {checkpoint['hardware']}: going on elsewhere is not exact to the bit")
     learns_reward = not args.true_reward and not args.reward_model
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     ensemble = None
     if args.reward_model:
-        ensemble = load_reward_model(args.reward_model, read_checkpoint(args.reward_model), args)
-    num_loaded = 0
-    if args.preferences:
-        shards = Path(args.preferences) / "preferences"
-        num_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, args.clip_length))
+        ensemble = load_reward_model(args.reward_model, checkpoint or read_checkpoint(args.reward_model), args)
+        progress.paid_from = 0
+    shards = Path(args.preferences or "") / "preferences"
+    if args.preferences and not checkpoint:
+        progress.labels_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, args.clip_length))
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
 
     # 2. Hardware and seeds
@@ -1222,7 +1223,6 @@ def train(args: Args) -> dict:
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     modules = {"agent": agent, "optimizer": optimizer}
-    progress = Progress()
     pool = SegmentPool(args.pool_rows, args.num_envs, device)
     recent_sums: list[float] = []  # of the last 1,000 segments asked about, for imperfect teachers
     recent_returns: list[float] = []  # of the last 20 finished episodes
@@ -1232,14 +1232,13 @@ def train(args: Args) -> dict:
         ensemble = ensemble.to(device, memory_format=torch.channels_last)
         reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
         modules |= {"ensemble": ensemble, "reward_optimizer": reward_optimizer}
-        capacity = num_loaded + args.labels
+        capacity = progress.labels_loaded + args.labels
         if args.ablation != "no-online-queries":
             capacity = min(capacity, args.label_window)
         preferences = Preferences(run_dir / "preferences", capacity, args.clip_length, args.members, device)
         if args.preferences and not checkpoint:  # copied, so that this run needs no other
             for arrays in read_shards(shards, args.clip_length):
                 preferences.add(**arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
-            progress.labels_loaded = num_loaded
 
     # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
     streams = np.zeros((4, args.num_envs))
@@ -1247,7 +1246,6 @@ def train(args: Args) -> dict:
     actions_since_reset: list[torch.Tensor] = []
     policy_log, reward_log = {}, {}
     if checkpoint:
-        progress = Progress(**checkpoint["progress"])
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         for name, value in checkpoint["pool"].items():
@@ -1306,8 +1304,6 @@ def train(args: Args) -> dict:
     warned: set[str] = set()
     trained = False  # a policy update of this process is done, so whatever compiles is compiled
     started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
-    if args.reward_model:
-        progress.paid_from = 0
 
     while progress.iteration < args.num_iterations and not stop:
         update_started, evaluation_seconds = time.time(), 0.0

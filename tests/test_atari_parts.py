@@ -508,8 +508,9 @@ def test_ties_are_left_out_of_held_out_loss_and_accuracy(tmp_path):
 def test_rewards_have_zero_mean_and_the_wanted_std():
     """Trap 29: right after each renewal, over the rows that it looked at."""
     ensemble, stacks = make_ensemble(), random_stacks(200)
-    stacks[:, :, :40] //= torch.arange(1, 5, dtype=torch.uint8).repeat(50)[:, None, None, None]
     torch.nn.init.normal_(ensemble.out_weight, std=20.0)
+    for weight in ensemble.parameters():  # members that agree in part: two of three are the same
+        weight.data.view(3, -1)[1] = weight.data.view(3, -1)[0]
     ensemble.renew_statistics(stacks, floor=1e-3)
     rewards = ensemble.normalise(ensemble.score(stacks), 1e-3, 0.05)
     assert rewards.mean().abs() < 1e-4 and rewards.std().item() == pytest.approx(0.05, rel=1e-3)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,23 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
     assert different <= {"wall_seconds", "sps"} and resumed["params_sha256"] == whole["params_sha256"]
 
 
+def test_a_resumed_run_needs_no_other_run(tmp_path, toy):
+    """Labels and reward models that a run started from are in its own directory."""
+    run(tmp_path / "first", *FEEDBACK)
+    source = only(tmp_path / "first")
+    begun = []
+    for name, flag in (("labels", "--preferences"), ("model", "--reward-model")):
+        run(tmp_path / name, "--oracle", "--labels", "0", flag, str(source), "--total-timesteps", "640")
+        begun.append((only(tmp_path / name), script.read_checkpoint(str(only(tmp_path / name)))))
+    shutil.rmtree(source)
+    for run_dir, checkpoint in begun:
+        before = json.loads((run_dir / "summary.json").read_text())
+        (run_dir / "summary.json").unlink()
+        after = run(tmp_path, "--resume", str(run_dir), small=[])
+        assert after["params_sha256"] == before["params_sha256"] and after["finished"]
+        assert after["labels_loaded"] == checkpoint["progress"]["labels_loaded"]
+
+
 def test_a_full_disk_loses_no_checkpoint(tmp_path, toy):
     run(tmp_path, *FEEDBACK)
     run_dir = only(tmp_path)
@@ -360,7 +378,7 @@ def command(*flags):
 REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--no-compile"]
 REAL += ["--torch-threads", "1", "--env-threads", "1", "--pretrain-pairs", "512", "--query-pool-steps", "2000"]
 REAL += ["--checkpoint-every", "3", "--reset-every", "7", "--eval-episodes", "1", "--log-every", "5"]
-REAL += ["--oracle", "--labels", "24", "--total-timesteps", "3840", "--env-id", "ALE/Seaquest-v5"]
+REAL += ["--oracle", "--labels", "24", "--total-timesteps", "2816", "--env-id", "ALE/Seaquest-v5"]
 
 
 def test_help_tells_what_the_defaults_do():
@@ -398,10 +416,10 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
 
 def test_weights_and_biases_works_offline(tmp_path):
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = [*REAL, "--track", "--runs-dir", str(tmp_path), "--total-timesteps", "2560", "--labels", "16"]
+    flags = [*REAL, "--track", "--runs-dir", str(tmp_path), "--total-timesteps", "1792", "--labels", "12"]
     done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     (log,) = only(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
     written = log.read_bytes()
-    for name in (b"charts/episodic_return", b"global_step", b"labels", b"reward_model/accuracy_heldout", b".webm"):
+    for name in (b"charts/eval_return", b"global_step", b"labels", b"reward_model/accuracy_heldout", b".webm"):
         assert name in written, name

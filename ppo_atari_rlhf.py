@@ -17,7 +17,7 @@
     python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
 
 Where this differs from the paper, and why:
-  * PPO instead of A2C: more return per step of the simulator. The sibling a2c_atari_rlhf.py has the paper's algorithm.
+  * PPO instead of A2C: more return per step of the simulator. A sibling with the paper's A2C is to follow.
   * 10M agent steps instead of 50M; labels per run are the paper's, so they come five times as densely.
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).
@@ -30,6 +30,7 @@ Where this differs from the paper, and why:
 import ctypes
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -119,7 +120,7 @@ class Args:
     reset_every: int = 100
     """updates after which all environments start anew; a resumed run replays the actions since then"""
 
-    # Policy optimisation (as CleanRL's ppo_atari.py, but for 16 environments instead of 8 and 3 epochs instead of 4)
+    # Policy optimisation (CleanRL's ppo_atari.py but for 3 epochs, not 4, and 16 environments in 8 minibatches of 256)
     learning_rate: float = 2.5e-4
     """learning rate of the policy's Adam"""
     anneal_lr: bool = True
@@ -226,6 +227,8 @@ class Args:
         size, rest = divmod(self.batch_size, self.num_minibatches)
         if rest:
             fail(f"--num-minibatches {self.num_minibatches} does not divide the rollout of {self.batch_size} steps")
+        if size < 2:
+            fail(f"--num-minibatches {self.num_minibatches} leaves one step per minibatch, which has no std")
         return size
 
     @property
@@ -249,12 +252,35 @@ class Args:
     def initial_labels(self) -> int:
         if self.ablation == "no-online-queries":
             return self.labels
-        return 0 if self.preferences else min(500, self.labels // 4)
+        return 0 if self.preferences or not self.labels else max(1, min(500, self.labels // 4))
 
     @property
     def query_limit(self) -> int:
-        """Pairs asked at one occasion at most: their segments fill half of the pool, without overlap."""
-        return (self.pool_rows - 3) * self.num_envs // (4 * self.clip_length)
+        """Pairs asked at one occasion at most: so many fill half of the pool, and find room without overlap."""
+        return (self.pool_rows - 3 - self.clip_length) * self.num_envs // (4 * self.clip_length)
+
+
+def check_values(args: Args) -> None:
+    """Refuse numbers out of range and devices that are not there."""
+    probabilities = {"repeat_action_probability", "gamma", "gae_lambda", "dropout"}
+    probabilities |= {"teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and name in probabilities and not 0 <= value <= 1:
+            fail(f"{flag} lies outside [0, 1]")
+        if isinstance(value, float) and (
+            math.isnan(value) or value < 0 or (value == math.inf and name != "teacher_beta")
+        ):
+            fail(f"{flag} must be a number of at least 0")
+        least = 0 if name in ("seed", "labels", "eval_every") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
+            fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
+    if args.dropout == 1:
+        fail("--dropout 1 leaves nothing")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device} is none of auto, cpu, cuda, cuda:1, ...")
+    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device} is not available here")
 
 
 def check_args(args: Args) -> None:
@@ -263,46 +289,38 @@ def check_args(args: Args) -> None:
         fail("give exactly one of --oracle, --human and --true-reward")
     if args.human:
         fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
+    if args.random:
+        fail("--random goes with --evaluate")
     if args.env_id not in gym.registry or not args.env_id.startswith("ALE/"):
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, 3, 0.4)
         fail(f"{args.env_id} is not an ALE game; did you mean {' or '.join(near or ['ALE/Pong-v5'])}?")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 5500
-    if args.labels < 0:
-        fail(f"--labels {args.labels} is negative")
-    probabilities = {"repeat_action_probability", "gamma", "gae_lambda", "dropout"}
-    probabilities |= {"teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
-    for field in fields(args):
-        value, name = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        if field.type in ("int", int) and field.name not in ("seed", "labels", "eval_every") and value < 1:
-            fail(f"{name} {value} must be at least 1")
-        if field.name in probabilities:
-            if not 0 <= value <= 1:
-                fail(f"{name} {value} lies outside [0, 1]")
-        elif field.type in ("float", float) and (math.isnan(value) or value < 0):
-            fail(f"{name} {value} must be at least 0")
-    if args.seed < 0 or args.eval_every < 0 or args.dropout == 1:
-        fail("--seed and --eval-every can't be negative, nor --dropout 1")
-    if args.true_reward and (args.labels or args.preferences or args.reward_model or args.ablation != "none"):
-        fail("--true-reward learns no reward: it takes no --labels, --preferences, --reward-model or --ablation")
+    if args.oracle_end_penalty is None:
+        args.oracle_end_penalty = 0.0 if game_name(args.env_id) == "pong" else 1.0
+    check_values(args)
+    teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
+    if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
+        fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
+    learning = (args.labels, args.preferences, args.reward_model, args.ablation, *teacher)
+    if args.true_reward and learning != (0, None, None, "none", math.inf, 1.0, 0.0, 0.0, 0.0):
+        fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
     if args.reward_model and (args.labels or args.preferences):
         fail("--reward-model is used as it is: it takes --labels 0 and no --preferences")
     if not (args.labels or args.true_reward or args.preferences or args.reward_model):
         fail("--labels 0 leaves nothing to learn from: give --preferences or --reward-model")
-    teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
-    if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
-        fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
     _ = args.minibatch_size  # fails where the division is inexact
-    if args.oracle_end_penalty is None:
-        args.oracle_end_penalty = 0.0 if "Pong" in args.env_id else 1.0
     if args.labels:
-        # An initial pair needs 4 L fresh steps, and they are asked by the batch; later, query_limit at one occasion.
-        rows = 4 * args.clip_length * QUERY_BATCH / args.num_envs + args.clip_length
-        initial_updates = math.ceil(args.initial_labels / QUERY_BATCH) * math.ceil(rows / args.num_steps)
+        batch = max(1, min(QUERY_BATCH, args.initial_labels, args.query_limit))  # pairs per initial occasion
+        rows = batch * 4 * args.clip_length / args.num_envs + args.clip_length  # and the fresh rows that it needs
+        initial_updates = math.ceil(args.initial_labels / batch) * math.ceil(rows / args.num_steps)
         online_updates = args.num_iterations - initial_updates
-        askable = args.initial_labels + max(online_updates, 0) * args.query_limit
-        if args.query_limit < 1 or online_updates < 1 or args.labels > askable:
+        if (
+            args.query_limit < 1
+            or online_updates < 1
+            or args.labels > online_updates * args.query_limit + args.initial_labels
+        ):
             fail(
                 f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
                 f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
@@ -310,11 +328,6 @@ def check_args(args: Args) -> None:
     for source in (args.preferences, args.reward_model):
         if source and read_run(source)["args"]["env_id"] != args.env_id:
             fail(f"{source} is a run of {read_run(source)['args']['env_id']}, not of {args.env_id}")
-    if args.device != "auto":
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError):
-            fail(f"--device {args.device} is not available")
 
 
 def resolve_hardware(args: Args) -> None:
@@ -325,7 +338,12 @@ def resolve_hardware(args: Args) -> None:
     args.torch_threads = args.torch_threads or cores
     args.env_threads = args.env_threads or cores
     on_cuda = args.device.startswith("cuda")
-    args.bf16 &= torch.cuda.is_bf16_supported() if on_cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    has_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if on_cuda
+        else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    )
+    args.bf16 &= has_bf16
     if args.compile and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         print("no C++ compiler found: the policy update runs uncompiled, about a fifth slower")
         args.compile = False
@@ -339,6 +357,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
     source = args.resume or args.evaluate
+    if args.resume and args.evaluate:
+        fail("give one of --resume and --evaluate")
     if not source:
         check_args(args)
         return args
@@ -350,10 +370,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     run = read_run(source)
     if run["script"] != SCRIPT:
         fail(f"{source} was written by {run['script']}, not by {SCRIPT}")
-    saved = Args(**run["args"])
+    try:
+        saved = Args(**run["args"])
+    except TypeError as error:
+        fail(f"{source} is of another version of {SCRIPT} ({error})")
     for name in given:
         setattr(saved, name, getattr(args, name))
-    saved.resume, saved.evaluate = args.resume, args.evaluate
+    check_values(saved)
     return saved
 
 
@@ -576,7 +599,7 @@ class SegmentPool:
     of the run; a row lies at its number modulo the pool's size. A row is (o_t, r_t) with o_t's newest frame only."""
 
     def __init__(self, rows: int, num_envs: int, device):
-        self.frames = torch.empty(rows, num_envs, 84, 84, dtype=torch.uint8, device=device)
+        self.frames = torch.zeros(rows, num_envs, 84, 84, dtype=torch.uint8, device=device)
         self.history = torch.zeros(rows, num_envs, dtype=torch.uint8, device=device)
         self.oracle_rewards = torch.zeros(rows, num_envs, device=device)
         self.pred_rewards = torch.zeros(rows, num_envs, device=device)
@@ -672,13 +695,13 @@ def teacher_answers(rng, rewards, recent_sums, args: Args):
     """Answers of the oracle, or of an imperfect teacher after B-Pref (Lee et al. 2021).
 
     rewards: (n, 2, L), what the oracle adds up. recent_sums: the last 1,000 segment sums. Out: mu (n,), the
-    probability that clip 0 is preferred: 1, 0 or 1/2 for "equal"; and skipped (n,). Equal sums are always ties.
+    probability that clip 0 is preferred: 1, 0 or 1/2 for "equal"; and skipped (n,). Equal (weighted) sums are ties.
     B-Pref's thresholds are a share of the mean return, which turns around where rewards are negative; here `equal`
     is a share of the sums' standard deviation, and `skip` is a quantile of the sums.
     """
     sums = rewards.sum(-1)
     weighted = rewards * args.teacher_gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
-    difference = weighted[:, 0].sum(-1) - weighted[:, 1].sum(-1)
+    difference = np.round(weighted[:, 0].sum(-1) - weighted[:, 1].sum(-1), 5)  # 0.9 and 1 - 0.1 are the same
     if math.isinf(args.teacher_beta):
         prefers_first = difference > 0
     else:
@@ -747,15 +770,15 @@ class Preferences:
         self.count += len(mu)
 
     def restore(self, count: int):
-        """Read the first `count` labels back from the disk. Later ones were written after the checkpoint that is
-        gone on from: the same answers will come again."""
-        for path in self.folder.iterdir():
-            if path.suffix != ".npz" or int(path.stem) >= count:
-                path.unlink()
-        for arrays in read_shards(self.folder, self.history.shape[2]):
+        """Read the first `count` labels back from the disk, then remove later ones: they were written after the
+        checkpoint that is gone on from, and the same answers will come again."""
+        for arrays in read_shards(self.folder, self.history.shape[2], count):
             self.add(**arrays, save=False)
         if self.count != count:
             fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
+        for path in self.folder.iterdir():
+            if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= count):
+                path.unlink()
 
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, is in the window already."""
@@ -769,16 +792,16 @@ class Preferences:
         return stacks, self.mu[at], self.returns[at], self.weights[at]
 
 
-def read_shards(folder: Path, length: int):
-    """Yield the arrays of each shard in a run's preferences/; ends with exit code 2 if one is unfit."""
+def read_shards(folder: Path, length: int, until: float = math.inf):
+    """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit."""
     shapes = {"frames": (2, length + 3, 84, 84), "history": (2, length), "mu": (), "returns": (2,), "segments": (2, 2)}
-    for path in sorted(folder.glob("*.npz")):
+    for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
         try:
             with np.load(path, allow_pickle=False) as shard:
                 arrays = {name: shard[name] for name in shapes}
         except Exception as error:
             fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
-        if any(arrays[name].shape != (len(arrays["mu"]), *shape) for name, shape in shapes.items()):
+        if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, shape in shapes.items()):
             fail(f"{path} holds clips of another shape than {length} steps of 84 x 84 frames")
         yield arrays
 
@@ -915,16 +938,19 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
         optimizer.zero_grad()
         (loss + (ensemble.l2_coef * decay).sum()).backward()
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in ensemble.parameters()])
         optimizer.step()
-        logged.append(loss.detach() / ensemble.members)
+        logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
         if minibatch % 4 == 0:
             at = rng.integers(len(preferences), size=args.reward_minibatch_size)
             ensemble.decisive.mul_(0.98).add_(decisive_sums(ensemble, preferences, at, args))  # the last few hundred
             if args.ablation != "no-regularization":
                 adapt_l2(ensemble)
     (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
+    mean_loss, mean_grad_norm = torch.stack(logged).mean(0)
     return {
-        "loss": torch.stack(logged).mean(),
+        "loss": mean_loss,
+        "grad_norm": mean_grad_norm,
         "loss_heldout": (held_out_loss / held_out_labels).mean(),
         "loss_train": (train_loss / train_labels).mean(),
         "accuracy_heldout": (held_out_right / held_out_labels).mean(),
@@ -942,6 +968,26 @@ def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
         loss, accuracy = held_out(ensemble, preferences, args)
         print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
+
+
+def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int, int]:
+    """How many labels to ask for now, and the first row that their segments may come from.
+
+    While initial labels are missing, segments come from fresh rows only, twice as many as they fill, so that they
+    hardly overlap with earlier ones. 0 until a batch is due, but for what is left at the last update.
+    """
+    missing = args.initial_labels - progress.labels_used
+    if missing > 0:
+        wanted, first = missing, max(pool.first_start(), progress.fresh_from)
+        enough = min(QUERY_BATCH, args.query_limit, missing)
+    else:
+        total_steps = args.num_iterations * args.batch_size
+        scheduled = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
+        wanted, first = scheduled - progress.labels_used, pool.first_start()
+        enough = 1 if last else min(QUERY_BATCH, args.query_limit)
+    room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
+    due = min(wanted, room)
+    return (due if due >= enough else 0), first
 
 
 def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
@@ -997,9 +1043,6 @@ def git_commit() -> str | None:
 def make_run_dir(args: Args) -> Path:
     """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
     name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name
-    while run_dir.exists():
-        run_dir = run_dir.with_name(run_dir.name + "x")
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
@@ -1009,29 +1052,39 @@ def make_run_dir(args: Args) -> Path:
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
     }
-    try:
-        (run_dir / "preferences").mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(run, indent=2))
-    except OSError as error:
-        fail(f"can't write to {run_dir}: {error.strerror}")
-    return run_dir
+    for attempt in itertools.count(2):  # two agents of a sweep may start in the same second
+        run_dir = Path(args.runs_dir) / (name if attempt == 2 else f"{name}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "preferences").mkdir()
+            (run_dir / "args.json").write_text(json.dumps(run, indent=2))
+            return run_dir
+        except FileExistsError:
+            continue
+        except OSError as error:
+            fail(f"can't write to {run_dir}: {error.strerror}")
 
 
 def read_run(run_dir: str) -> dict:
     """A run directory's args.json; ends with exit code 2 if it is missing or broken."""
     try:
-        return json.loads((Path(run_dir) / "args.json").read_text())
-    except (OSError, ValueError) as error:
+        run = json.loads((Path(run_dir) / "args.json").read_text())
+        _ = run["script"], run["commit"], run["args"]["env_id"]
+        return run
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
 
 
 def write_checkpoint(run_dir: Path, state: dict) -> None:
     """Write beside, flush, rename: a crash or a full disk leaves the last checkpoint as it was."""
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    try:
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    finally:
+        (run_dir / "checkpoint.tmp").unlink(missing_ok=True)
 
 
 def read_checkpoint(run_dir: str) -> dict:
@@ -1046,7 +1099,9 @@ def read_checkpoint(run_dir: str) -> dict:
 
 def load_reward_model(run_dir: str, checkpoint: dict, args: Args) -> RewardEnsemble:
     """The learned reward of a run, normaliser included."""
-    state = checkpoint["ensemble"] or fail(f"{run_dir} learned no reward model")
+    state = checkpoint["ensemble"]
+    if not state or not state["renewals"]:
+        fail(f"{run_dir} has learned no reward model")
     ensemble = RewardEnsemble(len(state["mean"]), args.dropout, args.l2_coef, args.bf16)
     ensemble.load_state_dict(state)
     return ensemble.to(args.device, memory_format=torch.channels_last)
@@ -1145,7 +1200,8 @@ def evaluate_run(args: Args) -> dict:
         agent = Agent(len(checkpoint["agent"]["actor.bias"]), args.bf16)
         agent.load_state_dict(checkpoint["agent"])
         agent.to(args.device, memory_format=torch.channels_last)
-    ensemble = load_reward_model(args.evaluate, checkpoint, args) if checkpoint["ensemble"] else None
+    learned = checkpoint["ensemble"] and checkpoint["ensemble"]["renewals"]
+    ensemble = load_reward_model(args.evaluate, checkpoint, args) if learned else None
     result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
     folder, returns = run_dir / ("random" if args.random else "evaluation"), result["returns"]
     draw_episode(result, folder, f"{args.env_id}, {folder.name} of {run_dir.name}")
@@ -1167,7 +1223,7 @@ def evaluate_run(args: Args) -> dict:
 
 def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
     """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
-    if pool.count < args.clip_length:
+    if pool.count - args.clip_length < pool.first_start():
         return math.nan
     rng = np.random.default_rng(seed)  # of its own: logging does not move training
     starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
@@ -1201,6 +1257,8 @@ def train(args: Args) -> dict:
     shards = Path(args.preferences or "") / "preferences"
     if args.preferences and not checkpoint:
         progress.labels_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, args.clip_length))
+        if not progress.labels_loaded:
+            fail(f"{args.preferences} has no labels")
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
 
     # 2. Hardware and seeds
@@ -1252,10 +1310,11 @@ def train(args: Args) -> dict:
             setattr(pool, name, value.to(device) if torch.is_tensor(value) else value)
         for name, state in checkpoint["rngs"].items():
             rngs[name].bit_generator.state = json.loads(state)
-        generator.set_state(checkpoint["generator"])
         torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        if device.type == torch.device(checkpoint["hardware"][0]).type:
+            generator.set_state(checkpoint["generator"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
         recent_sums, recent_returns = checkpoint["recent_sums"], checkpoint["recent_returns"]
         policy_log, reward_log = checkpoint["policy_log"], checkpoint["reward_log"]
         if learns_reward:
@@ -1275,7 +1334,8 @@ def train(args: Args) -> dict:
     histories, env_rewards = np.zeros(shape, dtype=np.uint8), np.zeros(shape)
     lost, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     loss_function = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
-    writer = SummaryWriter(str(run_dir))
+    commit = read_run(str(run_dir))["commit"]  # what this run began with, whatever is checked out when it ends
+    writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
     if args.track:
         import wandb
 
@@ -1305,7 +1365,8 @@ def train(args: Args) -> dict:
     trained = False  # a policy update of this process is done, so whatever compiles is compiled
     started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
 
-    while progress.iteration < args.num_iterations and not stop:
+    stopping = False
+    while progress.iteration < args.num_iterations and not stopping:
         update_started, evaluation_seconds = time.time(), 0.0
 
         # 6. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
@@ -1339,7 +1400,7 @@ def train(args: Args) -> dict:
         actions_since_reset.append(actions.to("cpu", torch.uint8))
         recent_returns = (recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
 
-        # 7. Rewards: the whole rollout by one model, in one go. But for the log, nothing below reads env_rewards.
+        # 7. Rewards: the whole rollout by one model, in one go. Beside the log, only the oracle reads env_rewards.
         oracle_rewards = oracle_rewards_of(env_rewards, lost, args)
         if args.true_reward:  # scaled by a running std, as the predictor's are
             keep = 0.9 if progress.iteration > 1 else 0.0
@@ -1371,21 +1432,14 @@ def train(args: Args) -> dict:
 
         # 9. Ask when enough labels are due, and store each answer with copies of its clips
         last = progress.iteration == args.num_iterations
-        missing = args.initial_labels - progress.labels_used
-        if missing > 0:  # from fresh rows only, twice as many as the segments of the pairs hold
-            first = max(pool.first_start(), progress.fresh_from)
-            due = min(missing, (pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length))
-            enough = min(QUERY_BATCH, missing)
-        else:
-            first = pool.first_start()
-            wanted = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
-            due = min(wanted - progress.labels_used, args.query_limit)
-            enough = 1 if last else QUERY_BATCH
-        disputed = missing <= 0 and args.ablation not in ("random-queries", "no-ensemble")
         for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
-            if due < enough:
+            due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
+            disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
+            pairs = np.empty((0, 2, 2), dtype=np.int64)
+            if due:
+                pairs = select_pairs(ensemble if disputed else None, pool, preferences, due, first, rngs["query"], args)
+            if not len(pairs):
                 break
-            pairs = select_pairs(ensemble if disputed else None, pool, preferences, due, first, rngs["query"], args)
             starts = pairs.reshape(-1, 2)
             rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
             rewards = rewards.reshape(len(pairs), 2, -1)
@@ -1406,8 +1460,6 @@ def train(args: Args) -> dict:
             progress.skipped += int(skipped.sum())
             progress.labels_used += int((~skipped).sum())
             progress.ties += int((mu[~skipped] == 0.5).sum())
-            due -= int((~skipped).sum())
-            enough = 1
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
         if learns_reward and progress.labels_used >= args.initial_labels:
@@ -1434,20 +1486,15 @@ def train(args: Args) -> dict:
             result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
             log({"charts/eval_return": result["returns"].mean()})
             evaluation_seconds = time.time() - evaluation_seconds
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if pays and trained:
-            progress.timed_steps += args.batch_size
-            progress.timed_seconds += time.time() - update_started - evaluation_seconds
-        trained |= pays
         progress.wall_seconds = time.time() - started
         bar.update(args.batch_size)
-        due_to_save = bool(stop) or last or progress.iteration % args.checkpoint_every == 0
+        stopping = bool(stop)
+        due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
         if due_to_save or progress.iteration % args.log_every == 0:
             policy_log = {name: float(value) for name, value in policy_log.items()}
             reward_log = {name: float(value) for name, value in reward_log.items()}
             entropy, accuracy = policy_log.get("entropy", math.nan), reward_log.get("accuracy_heldout", math.nan)
-            correlation = reward_correlation(pool, args, progress.iteration)
+            correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
             speed = (progress.global_step - line_step) / (time.time() - line_time)
             line_time, line_step = time.time(), progress.global_step
             ties = progress.ties / max(progress.labels_used, 1)
@@ -1498,6 +1545,12 @@ def train(args: Args) -> dict:
                 "streams": torch.as_tensor(streams),
             }
             write_checkpoint(run_dir, state)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if pays and trained:
+            progress.timed_steps += args.batch_size
+            progress.timed_seconds += time.time() - update_started - evaluation_seconds
+        trained |= pays
 
     # 12. The final score, figure, video and summary
     bar.close()
@@ -1508,7 +1561,6 @@ def train(args: Args) -> dict:
     if finished:
         result = evaluate(agent, ensemble, args, derive_seed(args.seed, 14), record=1000)
         returns = result["returns"]
-        draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
         log({"charts/eval_return": returns.mean()})
     accuracy = held_out(ensemble, preferences, args)[1] if learns_reward and len(preferences) else None
     of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
@@ -1530,12 +1582,16 @@ def train(args: Args) -> dict:
         "v_loss": policy_log.get("value_loss"),
         "entropy": policy_log.get("entropy"),
         "params_sha256": params_sha256(agent, *([ensemble] if ensemble else [])),
-        "commit": git_commit(),
+        "commit": commit,
     }
     # JSON has neither infinity nor NaN: what is absent or infinite is null
     summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     writer.close()
+    if finished:
+        draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
+        if progress.labels_used < args.labels:
+            print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were never answered")
     if args.track:
         wandb_run.summary.update(summary)
         if finished:

@@ -23,6 +23,7 @@ import torch
 import ppo_atari_rlhf as script
 
 ROOT = Path(script.__file__).parent
+SCRIPT_NAME = "ppo_atari_rlhf"
 
 
 class Toy:
@@ -222,10 +223,56 @@ def test_labels_can_be_reused_and_added_to(tmp_path, toy):
     assert sum(len(s["mu"]) for s in stored) == 88  # the run directory needs no other
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--labels", "1", "--total-timesteps", "640"],
+        ["--labels", "3", "--total-timesteps", "640", "--num-envs", "1", "--num-steps", "64"],
+        [
+            "--labels",
+            "24",
+            "--query-pool-steps",
+            "200",
+            "--total-timesteps",
+            "1280",
+        ],  # fewer pairs fit than a batch has
+    ],
+    ids=["one label", "one environment", "small pool"],
+)
+def test_small_runs_use_their_budget(tmp_path, toy, flags):
+    summary = run(tmp_path, "--oracle", *flags)
+    assert summary["labels_used"] == summary["labels"] and summary["entropy"] is not None
+
+
+def test_labels_due_by_hand():
+    args = script.parse_args([*SMALL, "--oracle", "--labels", "80", "--total-timesteps", "6400"])
+    pool, progress = script.SegmentPool(args.pool_rows, 4, "cpu"), script.Progress()
+    assert (args.initial_labels, args.query_limit) == (20, (150 - 4) * 4 // 16)
+
+    def due(rows, used, step, fresh_from=0, last=False):
+        pool.count, progress.labels_used, progress.global_step, progress.fresh_from = rows, used, step, fresh_from
+        return script.labels_due(progress, pool, last, args)
+
+    assert due(67, 0, 268) == (0, 0)  # (67 - 4) * 4 / 16 = 15 pairs: not yet a batch
+    assert due(68, 0, 272) == (16, 0)
+    assert due(100, 16, 400, fresh_from=68) == (4, 68)  # the last four, from rows that are new
+    assert due(400, 22, 640) == (0, 400 - 150)  # 20 + 60 ln 2 / ln 11 = 37.3: 15 are due, a batch is 16
+    assert due(400, 21, 640) == (16, 250)
+    assert due(1600, 75, 6400, last=True) == (5, 1450)  # the rest at the end
+
+
 # ------------------------------------------------------------------------------------------------------------- resume
-def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
-    """Trap 40. Stopped in order by SIGTERM twice, once between two checkpoints and while initial labels are asked."""
-    whole = run(tmp_path / "whole", *FEEDBACK)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*FEEDBACK, "--teacher-mistake", "0.2", "--teacher-equal", "0.3", "--teacher-skip", "0.3"],
+        ["--true-reward", "--total-timesteps", "1280"],
+    ],
+    ids=["imperfect teacher", "true reward"],
+)
+def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy, flags):
+    """Trap 40. Stopped in order by SIGTERM twice, between two checkpoints, once while initial labels are asked."""
+    whole = run(tmp_path / "whole", *flags)
     stops, step = iter([5, 130]), Toy.step
 
     def interrupted(self, action):
@@ -236,7 +283,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
 
     toy.setattr(Toy, "step", interrupted)
     toy.setattr(Toy, "stop_at", next(stops), raising=False)
-    summary = run(tmp_path / "cut", *FEEDBACK)
+    summary = run(tmp_path / "cut", *flags)
     assert not summary["finished"] and summary["final_return_mean"] is None
     cut = only(tmp_path / "cut")
     toy.setattr(Toy, "stop_at", next(stops))
@@ -245,6 +292,19 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, toy):
     resumed = run(tmp_path, "--resume", str(cut), small=[])
     different = {name for name in whole if whole[name] != resumed[name]}
     assert different <= {"wall_seconds", "sps"} and resumed["params_sha256"] == whole["params_sha256"]
+
+
+def test_a_stop_signal_while_logging_is_saved_too(tmp_path, toy):
+    correlation, sent = script.reward_correlation, []
+
+    def interrupted(*args):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return correlation(*args)
+
+    toy.setattr(script, "reward_correlation", interrupted)
+    assert not run(tmp_path, *FEEDBACK, "--log-every", "2")["finished"]
+    assert script.read_checkpoint(str(only(tmp_path)))["progress"]["iteration"] == 3  # noted at 2, in time for 3
 
 
 def test_a_resumed_run_needs_no_other_run(tmp_path, toy):
@@ -265,18 +325,22 @@ def test_a_resumed_run_needs_no_other_run(tmp_path, toy):
 
 
 def test_a_full_disk_loses_no_checkpoint(tmp_path, toy):
-    run(tmp_path, *FEEDBACK)
-    run_dir = only(tmp_path)
-    before = (run_dir / "checkpoint.pt").read_bytes()
+    """The disk fills at the second checkpoint: the run dies, and goes on from the first one to the same end."""
+    whole, save, calls = run(tmp_path / "whole", *FEEDBACK), torch.save, []
 
     def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+        calls.append(file)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
 
     toy.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        script.write_checkpoint(run_dir, {})
-    assert (run_dir / "checkpoint.pt").read_bytes() == before
+        run(tmp_path / "cut", *FEEDBACK)
+    cut = only(tmp_path / "cut")
+    assert not (cut / "checkpoint.tmp").exists() and not (cut / "summary.json").exists()
+    assert run(tmp_path, "--resume", str(cut), small=[])["params_sha256"] == whole["params_sha256"]
 
 
 def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
@@ -312,6 +376,16 @@ def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
         (["--resume", "nowhere"], "not a run directory"),
         (["--evaluate", "nowhere"], "not a run directory"),
         (["--human"], "label server"),
+        (["--oracle", "--query-pool-steps", "500"], "more than"),
+        (["--oracle", "--oracle-end-penalty", "nan"], "at least 0"),
+        (["--oracle", "--learning-rate", "inf"], "at least 0"),
+        (["--oracle", "--num-envs", "4", "--num-steps", "16", "--num-minibatches", "64"], "one step per minibatch"),
+        (["--oracle", "--torch-threads", "0"], "at least 1"),
+        (["--oracle", "--seed", "99999999999999999999"], "below 2^32"),
+        (["--oracle", "--device", "meta"], "none of"),
+        (["--oracle", "--random"], "goes with"),
+        (["--true-reward", "--teacher-mistake", "0.1"], "learns no reward"),
+        (["--resume", "a", "--evaluate", "b"], "give one of"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, monkeypatch, capfd, flags, said):
@@ -337,7 +411,8 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
         assert end.value.code == 2 and said in capsys.readouterr().err
         assert not list((tmp_path / "new").iterdir())
 
-    refused("--seed can't be changed", "--resume", str(good), "--seed", "4", small=())
+    refused("--seed can't be changed", "--resume", str(good), "--seed", "4")
+    refused("is negative", "--resume", str(good), "--torch-threads", "-1")
     refused("another shape", *labels, "--segment-length", "5", small=SMALL)
     refused("a run of", *labels, "--env-id", "ALE/Breakout-v5", small=SMALL)
     shard = sorted((good / "preferences").iterdir())[1]
@@ -345,6 +420,7 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
     shard.write_bytes(whole[: len(whole) // 2])
     refused("truncated", *labels, small=SMALL)
     refused("truncated", "--resume", str(good))
+    assert shard.exists()
     shard.unlink()
     refused("labels that the checkpoint counts", "--resume", str(good))
     shard.write_bytes(whole)
@@ -358,6 +434,10 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
     refused("written by a2c_atari_rlhf", "--resume", str(good))
     (good / "args.json").write_text("{")
     refused("not a run directory", "--resume", str(good))
+    (good / "args.json").write_text("{}")
+    refused("not a run directory", "--resume", str(good))
+    (good / "args.json").write_text(json.dumps(args | {"script": SCRIPT_NAME, "args": {"env_id": "x", "new": 1}}))
+    refused("another version", "--resume", str(good))
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(SystemExit) as end:
@@ -395,7 +475,8 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     deadline = time.time() + 120
     while not list(tmp_path.glob("cut/*/checkpoint.pt")) and time.time() < deadline:
         time.sleep(0.05)
-    time.sleep(random.random() * 4)
+    time.sleep(random.random() * 3)
+    assert process.poll() is None  # else nothing is tested
     process.kill()
     process.wait()
     cut = only(tmp_path / "cut")

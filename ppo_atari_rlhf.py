@@ -412,11 +412,18 @@ def hud_boxes(env_id: str, height: int = 84, width: int = 84) -> list[tuple[slic
     ]
 
 
-def hide(frames: np.ndarray, boxes: list[tuple[slice, slice]]) -> np.ndarray:
-    """Paint the boxes black, in place. frames: (..., height, width) uint8."""
+def observe(stacks: np.ndarray, history: np.ndarray, boxes: list[tuple[slice, slice]]) -> np.ndarray:
+    """What the agent sees of ALE's stacks (N, 4, 84, 84), in place: boxes black, no empty frames after a reset.
+
+    history: (N,), how many frames of the same episode came before the newest one, at most 3. ALE leaves the others of
+    the stack zero. They take the episode's first frame instead, as Gym's FrameStack does: to a reward model that has
+    seen hardly any empty frames they are worth plus or minus ten standard deviations, at every start of a game.
+    """
     for rows, columns in boxes:
-        frames[..., rows, columns] = 0
-    return frames
+        stacks[..., rows, columns] = 0
+    for i in np.flatnonzero(history < 3):
+        stacks[i, : 3 - int(history[i])] = stacks[i, 3 - int(history[i])]
+    return stacks
 
 
 def make_envs(args: Args, num_envs: int, **kwargs) -> AtariVectorEnv:
@@ -583,15 +590,15 @@ class RewardEnsemble(nn.Module):
 # Preferences
 # ----------------------------------------------------------------------------------------------------------------------
 def frames_to_stacks(frames, history):
-    """(n, L+3, 84, 84) frames and (n, L) history -> (n L, 4, 84, 84) stacks, as the environment gave them.
+    """(n, L+3, 84, 84) frames and (n, L) history -> (n L, 4, 84, 84) stacks, equal to what `observe` gave.
 
-    history: how many frames of the same episode lie before a row, at most 3. What lies before a reset is zero in a
-    stack: an unfold alone would show the last episode's frames there.
+    history: how many frames of the same episode lie before a row, at most 3. What lies before a reset is replaced by
+    the episode's first frame: an unfold alone would show the last episode's frames there.
     """
-    length = history.shape[1]
-    stacks = torch.stack([frames[:, i : i + length] for i in range(4)], 2)  # (n, L, 4, 84, 84), newest frame last
-    age = torch.arange(3, -1, -1, device=frames.device, dtype=torch.uint8)
-    return stacks.mul_((history.unsqueeze(-1) >= age)[..., None, None]).flatten(0, 1)
+    n, length = history.shape
+    age = torch.arange(3, -1, -1, device=frames.device)  # of the four frames in a stack, newest last
+    rows = torch.arange(3, length + 3, device=frames.device)[:, None] - torch.minimum(age, history.unsqueeze(-1).long())
+    return frames[torch.arange(n, device=frames.device)[:, None, None], rows].flatten(0, 1)
 
 
 class SegmentPool:
@@ -1129,9 +1136,10 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
     generator = torch.Generator(args.device).manual_seed(derive_seed(seed, 1))
     frames, screen = envs.reset(seed=seed)[0], twin.reset(seed=seed)[0]
     playing, returns = np.ones(args.eval_episodes, dtype=bool), np.zeros(args.eval_episodes)
+    history = np.zeros(args.eval_episodes)
     stacks, screens, env_rewards = [], [], []
     while playing.any():
-        obs = torch.as_tensor(hide(frames, boxes), device=args.device)
+        obs = torch.as_tensor(observe(frames, history, boxes), device=args.device)
         if agent is None:
             action = torch.randint(num_actions, (len(obs),), device=args.device, generator=generator)
         else:
@@ -1139,6 +1147,7 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
         action = action.cpu().numpy()
         frames, rewards, terminated, truncated, _ = envs.step(action)
         returns += rewards * playing
+        history += 1  # no reset matters here: an environment is done after one episode
         if playing[0] and len(screens) < record:
             stacks.append(obs[0].clone())
             screens.append(screen[0, 0])
@@ -1380,18 +1389,18 @@ def train(args: Args) -> dict:
         progress.iteration += 1
         progress.global_step += args.batch_size
         finished_episodes = []
-        next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
+        next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
         for step in range(args.num_steps):
             obs[step], histories[step] = next_obs, history
             with torch.no_grad():
                 action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
             actions[step] = action
             next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action.cpu().numpy())
-            next_obs = torch.as_tensor(hide(next_frames, boxes), device=device)
             ended[step] = terminated | truncated
             lost[step] = terminated | (infos["lives"] < lives)  # after an end, infos are the next episode's
             lives[:] = infos["lives"]
             history[:] = np.where(ended[step], 0, np.minimum(history + 1, 3))
+            next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
             episode_return += env_rewards[step]
             episode_length += 1
             for i in np.flatnonzero(ended[step]):

@@ -22,8 +22,8 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "ppo_atari_rlhf.py"
 OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1", "--checkpoint-every", "1000"]
-# 28 updates with policy and reward learning after 4 with initial labels, at half a label per 1,000 steps, as at 10M
-ORACLE = ["--oracle", "--labels", "100", "--total-timesteps", "65536", "--pretrain-pairs", "1024"]
+# 19 updates with policy and reward learning after one with initial labels; a label per 860 steps, against 1,820 at 10M
+ORACLE = ["--oracle", "--labels", "60", "--total-timesteps", "40960", "--pretrain-pairs", "1024"]
 SIMULATOR = """
 import numpy as np, sys, time; sys.path.insert(0, sys.argv[1]); import ppo_atari_rlhf as script
 args = script.parse_args(["--true-reward"]); script.resolve_hardware(args); args.env_threads = int(sys.argv[2])

@@ -16,7 +16,7 @@ GAMES = {game: f"ALE/{game.title().replace('_', '')}-v5" for game in script.HUD}
 
 
 def make_args(*flags: str) -> script.Args:
-    args = script.parse_args(["--oracle", "--no-compile", "--no-bf16", "--torch-threads", "1", *flags])
+    args = script.parse_args(["--oracle", "--no-bf16", "--torch-threads", "1", *flags])
     script.resolve_hardware(args)
     return args
 

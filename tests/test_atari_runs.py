@@ -82,7 +82,7 @@ def toy(monkeypatch):
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
 SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256", "--pairs-per-step", "0.25"]
-SMALL += ["--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1", "--no-compile"]
+SMALL += ["--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]
 SMALL += ["--eval-episodes", "2", "--checkpoint-every", "5", "--reset-every", "8"]
 FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
 
@@ -455,7 +455,7 @@ def command(*flags):
     return [sys.executable, str(ROOT / "ppo_atari_rlhf.py"), *flags]
 
 
-REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--no-compile"]
+REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1"]
 REAL += ["--torch-threads", "1", "--env-threads", "1", "--pretrain-pairs", "512", "--query-pool-steps", "2000"]
 REAL += ["--checkpoint-every", "3", "--reset-every", "7", "--eval-episodes", "1", "--log-every", "5"]
 REAL += ["--oracle", "--labels", "24", "--total-timesteps", "2816", "--env-id", "ALE/Seaquest-v5"]

@@ -490,7 +490,7 @@ class Agent(nn.Module):
     def hidden(self, x):
         dtype = torch.bfloat16 if self.bf16 else torch.float32  # bfloat16 holds 0...255 exactly
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x.to(dtype, memory_format=torch.channels_last) / 255).float()
+            return self.network(x.to(dtype, memory_format=torch.channels_last).div_(255)).float()
 
     def get_value(self, x):
         return self.critic(self.hidden(x)).flatten()
@@ -536,7 +536,7 @@ class RewardEnsemble(nn.Module):
                 # no bias: batch norm would take it out again
                 nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
                 nn.BatchNorm2d(16 * members),
-                nn.LeakyReLU(0.01),
+                nn.LeakyReLU(0.01, inplace=True),
                 *([Dropout(dropout)] if kernel == 3 else []),
             ]
             channels_in, groups = 16 * members, members
@@ -557,7 +557,7 @@ class RewardEnsemble(nn.Module):
     def forward(self, x):
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            h = self.network(x.to(dtype, memory_format=torch.channels_last) / 255)
+            h = self.network(x.to(dtype, memory_format=torch.channels_last).div_(255))
         h = h.reshape(len(x), self.members, -1).transpose(0, 1).float()  # (M, B, 784)
         h = F.leaky_relu(torch.baddbmm(self.hidden_bias, h, self.hidden_weight), 0.01)
         return torch.bmm(h, self.out_weight).squeeze(-1).T
@@ -1011,17 +1011,20 @@ def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int
 def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
     """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
 
-    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, uniform.
+    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. All
+    pairs are equally likely, but where they must be scored, a segment stands in four of them: a quarter of the work.
     """
-    length = args.clip_length
-    candidates = sample_pairs(rng, QUERY_CANDIDATES * num, first, pool.count - length, args.num_envs)
-    candidates = candidates[~preferences.asked(candidates)]
-    if ensemble is not None and len(candidates):
-        starts = np.array_split(candidates.reshape(-1, 2), math.ceil(2 * len(candidates) / 32))
-        raw = torch.cat([ensemble.score(frames_to_stacks(*pool.clips(part, length))) for part in starts])
-        sums = raw.view(len(candidates), 2, length, -1).sum(2)
-        candidates = candidates[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
-    return take_disjoint(candidates, num, length)
+    length, uses = args.clip_length, 1 if ensemble is None else 4
+    starts = sample_pairs(rng, math.ceil(QUERY_CANDIDATES * num / uses), first, pool.count - length, args.num_envs)
+    starts = starts.reshape(-1, 2)
+    order = np.concatenate([rng.permutation(len(starts)) for _ in range(uses)]).reshape(-1, 2)  # into `starts`
+    order = order[~preferences.asked(starts[order])]
+    if ensemble is not None and len(order):
+        parts = np.array_split(starts, math.ceil(len(starts) / 32))
+        raw = torch.cat([ensemble.score(frames_to_stacks(*pool.clips(part, length))) for part in parts])
+        sums = raw.view(len(starts), length, -1).sum(1)[torch.as_tensor(order, device=raw.device)]
+        order = order[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
+    return take_disjoint(starts[order], num, length)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1400,6 +1403,8 @@ def train(args: Args) -> dict:
         progress.iteration += 1
         progress.global_step += args.batch_size
         finished_episodes = []
+        # A batch of 16 screens is too small to share: threads that wait for more only take the emulator's cores
+        torch.set_num_threads(min(args.torch_threads, math.ceil(args.num_envs / 16)))
         next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
         for step in range(args.num_steps):
             obs[step], histories[step] = next_obs, history
@@ -1417,6 +1422,7 @@ def train(args: Args) -> dict:
             for i in np.flatnonzero(ended[step]):
                 finished_episodes.append((episode_return[i], episode_length[i]))
                 episode_return[i] = episode_length[i] = 0
+        torch.set_num_threads(args.torch_threads)
         actions_since_reset.append(actions.to("cpu", torch.uint8))
         recent_returns = (recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
 

@@ -197,7 +197,7 @@ def test_given_the_labels_the_true_reward_changes_nothing(tmp_path, toy):
 
 
 def test_imperfect_teachers_and_skips_keep_the_budget(tmp_path, toy):
-    summary = run(tmp_path, *FEEDBACK, "--teacher-skip", "0.4", "--teacher-mistake", "0.2", "--teacher-equal", "0.3")
+    summary = run(tmp_path, *FEEDBACK, "--teacher-skip", "0.7", "--teacher-mistake", "0.2", "--teacher-equal", "0.3")
     assert summary["labels_used"] == 48 and summary["skipped"] > 0
     assert summary["asked"] == summary["labels_used"] + summary["skipped"]
 

@@ -167,7 +167,7 @@ class Args:
     """the reward model trains on the newest labels only"""
     reward_std: float = 0.05
     """standard deviation of the reward that the policy is paid"""
-    reward_std_floor: float = 0.05
+    reward_std_floor: float = 0.01
     """a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise"""
 
     # Preferences

@@ -36,8 +36,8 @@ def main():
 
         process = subprocess.Popen([*command, "--runs-dir", f"{folder}/cut"], stdout=subprocess.DEVNULL)
         for kill in range(args.kills):
-            # Of ten kills over one run most come soon after a start; the first must leave time for a checkpoint
-            time.sleep(rng.uniform(0.15, 0.3) * length if kill == 0 else rng.uniform(2, 0.25 * length))
+            # The first leaves time for a checkpoint; the others come often enough to hit a run that lost little
+            time.sleep(rng.uniform(0.15, 0.3) * length if kill == 0 else rng.uniform(5, 0.12 * length))
             alive = process.poll() is None
             process.kill()
             process.wait()

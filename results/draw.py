@@ -9,6 +9,7 @@ in curves/. A run that is there already is replaced.
 
 import csv
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def collect(run_dir: Path) -> None:
 
     run = json.loads((run_dir / "args.json").read_text())
     row = json.loads((run_dir / "summary.json").read_text())
-    row |= {"run": run_dir.name, "hardware": run["hardware"], "command": run["command"]}
+    row |= {"run": run_dir.name, "hardware": run["hardware"], "command": re.sub(r" --runs-dir \S+", "", run["command"])}
     table = HERE / "atari.csv"
     rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != run_dir.name]
     write_csv(table, [*rows, row])

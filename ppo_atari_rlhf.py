@@ -600,12 +600,21 @@ class RewardEnsemble(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Preferences
 # ----------------------------------------------------------------------------------------------------------------------
-def frames_to_stacks(frames, history):
-    """(n, L+3, 84, 84) frames and (n, L) history -> (n L, 4, 84, 84) stacks, equal to what `observe` gave.
+def clip_shapes(length: int) -> dict:
+    """What is kept of a clip of L steps: its frames and the three before them, and each step's history.
 
-    history: how many frames of the same episode lie before a row, at most 3. What lies before a reset is replaced by
-    the episode's first frame: an unfold alone would show the last episode's frames there.
+    history: how many frames of the same episode lie before a row, at most 3.
     """
+    return {"frames": ((length + 3, 84, 84), np.uint8), "history": ((length,), np.uint8)}
+
+
+def model_inputs(clips: dict) -> torch.Tensor:
+    """n clips -> what the reward model reads of their rows, (n L, 4, 84, 84): the stacks that `observe` gave.
+
+    What lies before a reset is replaced by the episode's first frame: an unfold alone would show the last episode's
+    frames there.
+    """
+    frames, history = clips["frames"], clips["history"]
     n, length = history.shape
     age = torch.arange(3, -1, -1, device=frames.device)  # of the four frames in a stack, newest last
     rows = torch.arange(3, length + 3, device=frames.device)[:, None] - torch.minimum(age, history.unsqueeze(-1).long())
@@ -614,41 +623,41 @@ def frames_to_stacks(frames, history):
 
 class SegmentPool:
     """The last rows of every environment's stream, from which segments are drawn. Row numbers count from the start
-    of the run; a row lies at its number modulo the pool's size. A row is (o_t, r_t) with o_t's newest frame only."""
+    of the run; a row lies at its number modulo the pool's size. Of o_t, the newest frame is kept."""
 
     def __init__(self, rows: int, num_envs: int, device):
-        self.frames = torch.zeros(rows, num_envs, 84, 84, dtype=torch.uint8, device=device)
-        self.history = torch.zeros(rows, num_envs, dtype=torch.uint8, device=device)
-        self.oracle_rewards = torch.zeros(rows, num_envs, device=device)
-        self.pred_rewards = torch.zeros(rows, num_envs, device=device)
-        self.count = 0  # rows per environment since the start of the run
+        self.rows, self.count = rows, 0  # capacity, and rows since the start of the run, per environment
+        self.streams = {
+            "frames": torch.zeros(rows, num_envs, 84, 84, dtype=torch.uint8, device=device),
+            "history": torch.zeros(rows, num_envs, dtype=torch.uint8, device=device),
+            "oracle_rewards": torch.zeros(rows, num_envs, device=device),
+            "pred_rewards": torch.zeros(rows, num_envs, device=device),
+        }
 
-    def add(self, frames, history, oracle_rewards, pred_rewards):
-        """Append a rollout: (T, N, ...) each. Only the newest rows fit."""
-        rows = len(self.frames)
-        at = (torch.arange(len(frames), device=frames.device) + self.count)[-rows:] % rows
-        for mine, new in (
-            (self.frames, frames),
-            (self.history, history),
-            (self.oracle_rewards, oracle_rewards),
-            (self.pred_rewards, pred_rewards),
-        ):
-            mine[at] = new[-rows:].to(mine.device)
-        self.count += len(frames)
+    def add(self, **streams):
+        """Append a rollout: (T, N, ...) of every stream. Only the newest rows fit."""
+        for name, stream in self.streams.items():
+            new = torch.as_tensor(streams[name])
+            at = (torch.arange(len(new), device=stream.device) + self.count)[-self.rows :] % self.rows
+            stream[at] = new[-self.rows :].to(stream)
+        self.count += len(new)
 
     def first_start(self) -> int:
         """The oldest row whose stack can still be built: the three frames before it are there, or never existed."""
-        return max(0, self.count - len(self.frames) + 3)
+        return max(0, self.count - self.rows + 3)
 
     def gather(self, name: str, starts: np.ndarray, first: int, last: int) -> torch.Tensor:
         """Rows start+first ... start+last-1 of a stream. starts: (n, 2) of (environment, row)."""
-        envs, rows = torch.as_tensor(starts, device=self.frames.device).unbind(1)
-        at = (rows[:, None] + torch.arange(first, last, device=rows.device)) % len(self.frames)
-        return getattr(self, name)[at, envs[:, None]]
+        stream = self.streams[name]
+        envs, rows = torch.as_tensor(starts, device=stream.device).unbind(1)
+        return stream[(rows[:, None] + torch.arange(first, last, device=stream.device)) % self.rows, envs[:, None]]
 
-    def clips(self, starts: np.ndarray, length: int):
-        """Copies of the segments at starts: frames (n, L+3, 84, 84) and history (n, L)."""
-        return self.gather("frames", starts, -3, length), self.gather("history", starts, 0, length)
+    def clips(self, starts: np.ndarray, length: int) -> dict:
+        """Copies of the segments at starts, (n, ...) as in `clip_shapes`."""
+        return {
+            "frames": self.gather("frames", starts, -3, length),
+            "history": self.gather("history", starts, 0, length),
+        }
 
 
 def sample_pairs(rng, num: int, first: int, last: int, num_envs: int) -> np.ndarray:
@@ -741,21 +750,25 @@ def label_schedule(step: int, total_steps: int, initial: int, budget: int) -> in
     return int(initial + (budget - initial) * math.log1p(10 * step / total_steps) / math.log(11) + 1e-6)
 
 
+def label_shapes(length: int) -> dict:
+    """A label: two clips, answer mu, the oracle's two sums, and (environment, row) of both in the run that asked."""
+    clips = {name: ((2, *shape), dtype) for name, (shape, dtype) in clip_shapes(length).items()}
+    return clips | {"mu": ((), np.float32), "returns": ((2,), np.float32), "segments": ((2, 2), np.int64)}
+
+
 class Preferences:
     """The newest labels, each with copies of its two clips, and the files that hold all labels ever given.
 
-    A shard preferences/<first label>.npz is written once, when its answers come in, and never changed: arrays frames
-    (n, 2, L+3, 84, 84) uint8, history (n, 2, L) uint8, mu (n,), returns (n, 2), segments (n, 2, 2) of (environment,
-    row) in the run that asked. `count` labels were added so far; label i has id i, and lies at i % capacity here.
+    A shard preferences/<first label>.npz is written once, when its answers come in, and never changed: the arrays of
+    `label_shapes`, (n, ...) each. `count` labels were added so far; label i has id i, and lies at i % capacity here.
     """
 
     def __init__(self, folder: Path, capacity: int, length: int, members: int, device):
-        self.folder, self.capacity, self.members, self.device, self.count = folder, capacity, members, device, 0
-        self.frames = torch.empty(capacity, 2, length + 3, 84, 84, dtype=torch.uint8, device=device)
-        self.history = torch.empty(capacity, 2, length, dtype=torch.uint8, device=device)
-        self.mu = torch.empty(capacity, device=device)
-        self.returns = torch.empty(capacity, 2, device=device)
-        self.segments = np.empty((capacity, 2, 2), dtype=np.int64)
+        self.folder, self.capacity, self.members, self.length, self.count = folder, capacity, members, length, 0
+        self.arrays = {
+            name: torch.as_tensor(np.empty((capacity, *shape), dtype), device=device)
+            for name, (shape, dtype) in label_shapes(length).items()
+        }
         self.weights = torch.empty(capacity, members, device=device)
 
     def __len__(self):
@@ -770,28 +783,23 @@ class Preferences:
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
 
-    def add(self, frames, history, mu, returns, segments, save: bool = True):
+    def add(self, answers: dict, save: bool = True):
         """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
-        if save and len(mu):
-            self.save(frames=frames, history=history, mu=mu, returns=returns, segments=segments)
-        ids = np.arange(self.count, self.count + len(mu))[-self.capacity :]
-        at = torch.as_tensor(ids % self.capacity, device=self.device)
-        for mine, new in (
-            (self.frames, frames),
-            (self.history, history),
-            (self.mu, mu),
-            (self.returns, returns),
-            (self.weights, bootstrap_weights(ids, self.members)),
-        ):
-            mine[at] = torch.as_tensor(new[-len(ids) :], device=self.device, dtype=mine.dtype)
-        self.segments[ids % self.capacity] = segments[-len(ids) :]
-        self.count += len(mu)
+        n = len(answers["mu"])
+        if save and n:
+            self.save(**answers)
+        ids = np.arange(self.count, self.count + n)[-self.capacity :]
+        at = torch.as_tensor(ids % self.capacity, device=self.weights.device)
+        for name, array in self.arrays.items():
+            array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
+        self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
+        self.count += n
 
     def restore(self, count: int):
         """Read the first `count` labels back from the disk, then remove later ones: they were written after the
         checkpoint that is gone on from, and the same answers will come again."""
-        for arrays in read_shards(self.folder, self.history.shape[2], count):
-            self.add(**arrays, save=False)
+        for answers in read_shards(self.folder, self.length, count):
+            self.add(answers, save=False)
         if self.count != count:
             fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
         for path in self.folder.iterdir():
@@ -800,27 +808,27 @@ class Preferences:
 
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, is in the window already."""
-        known = {frozenset(map(tuple, pair)) for pair in self.segments[: len(self)].tolist()}
+        known = {frozenset(map(tuple, pair)) for pair in self.arrays["segments"][: len(self)].tolist()}
         return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
 
     def batch(self, at):
-        """Labels at these places of the window: stacks (2 n L, 4, 84, 84), mu, returns, weights."""
-        at = torch.as_tensor(at, device=self.device)
-        stacks = frames_to_stacks(self.frames[at].flatten(0, 1), self.history[at].flatten(0, 1))
-        return stacks, self.mu[at], self.returns[at], self.weights[at]
+        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights."""
+        at = torch.as_tensor(at, device=self.weights.device)
+        clips = {name: self.arrays[name][at].flatten(0, 1) for name in clip_shapes(self.length)}
+        return model_inputs(clips), self.arrays["mu"][at], self.arrays["returns"][at], self.weights[at]
 
 
 def read_shards(folder: Path, length: int, until: float = math.inf):
     """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit."""
-    shapes = {"frames": (2, length + 3, 84, 84), "history": (2, length), "mu": (), "returns": (2,), "segments": (2, 2)}
+    shapes = label_shapes(length)
     for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
         try:
             with np.load(path, allow_pickle=False) as shard:
                 arrays = {name: shard[name] for name in shapes}
         except Exception as error:
             fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
-        if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, shape in shapes.items()):
-            fail(f"{path} holds clips of another shape than {length} steps of 84 x 84 frames")
+        if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, (shape, _) in shapes.items()):
+            fail(f"{path} holds clips of another shape than this run's: {length} steps, {clip_shapes(length)}")
         yield arrays
 
 
@@ -1021,7 +1029,7 @@ def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int,
     order = order[~preferences.asked(starts[order])]
     if ensemble is not None and len(order):
         parts = np.array_split(starts, math.ceil(len(starts) / 32))
-        raw = torch.cat([ensemble.score(frames_to_stacks(*pool.clips(part, length))) for part in parts])
+        raw = torch.cat([ensemble.score(model_inputs(pool.clips(part, length))) for part in parts])
         sums = raw.view(len(starts), length, -1).sum(1)[torch.as_tensor(order, device=raw.device)]
         order = order[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
     return take_disjoint(starts[order], num, length)
@@ -1313,7 +1321,7 @@ def train(args: Args) -> dict:
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     modules = {"agent": agent, "optimizer": optimizer}
-    pool = SegmentPool(args.pool_rows, args.num_envs, device)
+    pool = None if args.true_reward else SegmentPool(args.pool_rows, args.num_envs, device)
     if learns_reward:
         l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
         ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
@@ -1326,7 +1334,7 @@ def train(args: Args) -> dict:
         preferences = Preferences(run_dir / "preferences", capacity, args.clip_length, args.members, device)
         if args.preferences and not checkpoint:  # copied, so that this run needs no other
             for arrays in read_shards(shards, args.clip_length):
-                preferences.add(**arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
+                preferences.add(arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
 
     # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
     streams = np.zeros((4, args.num_envs))
@@ -1335,8 +1343,10 @@ def train(args: Args) -> dict:
     if checkpoint:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-        for name, value in checkpoint["pool"].items():
-            setattr(pool, name, value.to(device) if torch.is_tensor(value) else value)
+        if pool:
+            pool.count = checkpoint["pool"]["count"]
+            for name, stream in pool.streams.items():
+                stream.copy_(checkpoint["pool"]["streams"][name])
         for name, state in checkpoint["rngs"].items():
             rngs[name].bit_generator.state = json.loads(state)
         torch.set_rng_state(checkpoint["torch_rng"])
@@ -1443,7 +1453,8 @@ def train(args: Args) -> dict:
         else:
             raw = ensemble.score(obs.flatten(0, 1))
             pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).view(shape)
-        pool.add(obs[:, :, -1], torch.as_tensor(histories), torch.as_tensor(oracle_rewards), pred_rewards)
+        if pool:
+            pool.add(frames=obs[:, :, -1], history=histories, oracle_rewards=oracle_rewards, pred_rewards=pred_rewards)
 
         # 8. Update the policy, unless the first labels are still being collected: those are of the untrained one
         pays = args.true_reward or progress.paid_from >= 0
@@ -1476,15 +1487,10 @@ def train(args: Args) -> dict:
             sums = rewards.sum(-1)
             mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)
             progress.recent_sums = (progress.recent_sums + sums.flatten().tolist())[-1000:]
-            clips, histories_of_clips = (x.cpu().numpy() for x in pool.clips(starts, args.clip_length))
-            answers = {
-                "frames": clips.reshape(len(pairs), 2, *clips.shape[1:]),
-                "history": histories_of_clips.reshape(len(pairs), 2, -1),
-                "mu": mu,
-                "returns": sums.astype(np.float32),
-                "segments": pairs,
-            }
-            preferences.add(**{name: array[~skipped] for name, array in answers.items()})
+            clips = pool.clips(starts, args.clip_length)
+            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in clips.items()}
+            answers |= {"mu": mu, "returns": sums.astype(np.float32), "segments": pairs}
+            preferences.add({name: array[~skipped] for name, array in answers.items()})
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
             progress.skipped += int(skipped.sum())
@@ -1505,7 +1511,7 @@ def train(args: Args) -> dict:
                 progress.pairs_presented += minibatches * args.reward_minibatch_size
             if minibatches or not ensemble.renewals:
                 rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
-                ensemble.renew_statistics(frames_to_stacks(*pool.clips(rows, 1)), args.reward_std_floor)
+                ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
 
         # 11. Log, evaluate, save
         if finished_episodes:
@@ -1565,7 +1571,7 @@ def train(args: Args) -> dict:
                 "ensemble": ensemble.state_dict() if ensemble else None,
                 "hardware": [args.device, args.torch_threads],
                 "labels_on_disk": preferences.count if learns_reward else 0,
-                "pool": vars(pool),
+                "pool": vars(pool) if pool else None,
                 "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
                 "generator": generator.get_state(),
                 "torch_rng": torch.get_rng_state(),

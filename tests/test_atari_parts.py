@@ -253,19 +253,23 @@ def breakout():
     return play("breakout", 800)
 
 
+def fill_pool(pool, frames, history):
+    """Append the newest frames of stacks and their history; rewards zero."""
+    zeros = np.zeros(history.shape)
+    pool.add(frames=frames[:, :, -1], history=history, oracle_rewards=zeros, pred_rewards=zeros)
+
+
 def test_stacks_from_stored_frames_are_the_emulators_own(breakout):
     """Right after a reset, across a game over within a clip, and after the pool has wrapped (traps 3 and 4)."""
     obs, history, _, _, ended, _ = breakout
     pool, L = script.SegmentPool(303, 3, "cpu"), 25
     for part in np.array_split(np.arange(len(obs)), 8):
-        zeros = torch.zeros(len(part), 3)
-        pool.add(torch.as_tensor(obs[part][:, :, -1]), torch.as_tensor(history[part]), zeros, zeros)
+        fill_pool(pool, obs[part], history[part])
     starts = [(n, t) for n in range(3) for t in range(pool.first_start(), pool.count - L + 1)]
     assert pool.first_start() == 800 - 300 and len(starts) == 3 * (300 - L + 1)
     crossing = 0
     for part in np.array_split(np.array(starts), 20):
-        frames, hist = pool.clips(part, L)
-        stacks = script.frames_to_stacks(frames, hist).view(len(part), L, 4, 84, 84).numpy()
+        stacks = script.model_inputs(pool.clips(part, L)).view(len(part), L, 4, 84, 84).numpy()
         for stack, (n, t) in zip(stacks, part, strict=True):
             assert np.array_equal(stack, obs[t : t + L, n])
             crossing += ended[t : t + L - 1, n].any()
@@ -275,8 +279,8 @@ def test_stacks_from_stored_frames_are_the_emulators_own(breakout):
 def test_stacks_at_the_very_start_hold_the_first_frame(breakout):
     obs, history, *_, raw = breakout
     pool = script.SegmentPool(100, 3, "cpu")
-    pool.add(torch.as_tensor(obs[:50][:, :, -1]), torch.as_tensor(history[:50]), *torch.zeros(2, 50, 3))
-    stacks = script.frames_to_stacks(*pool.clips(np.array([[1, 0]]), 25)).numpy()
+    fill_pool(pool, obs[:50], history[:50])
+    stacks = script.model_inputs(pool.clips(np.array([[1, 0]]), 25)).numpy()
     assert np.array_equal(stacks, obs[:25, 1])
     assert (stacks[0] == stacks[0, 3]).all() and not raw[0, 1, :3].any()  # where ALE leaves three empty ones
     assert np.array_equal(stacks[2, 0], stacks[2, 1]) and np.array_equal(stacks[4], stacks[1:5, 3])
@@ -297,36 +301,35 @@ def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path, breakout):
     """Trap 1: copies, not row numbers; on the disk too."""
     obs, history, *_ = breakout
     pool = script.SegmentPool(103, 3, "cpu")
-    pool.add(torch.as_tensor(obs[:100][:, :, -1]), torch.as_tensor(history[:100]), *torch.zeros(2, 100, 3))
+    fill_pool(pool, obs[:100], history[:100])
     pairs = np.array([[[0, 10], [1, 20]]])
-    frames, hist = (x.numpy()[None] for x in pool.clips(pairs[0], 25))
+    clips = {name: x.numpy()[None] for name, x in pool.clips(pairs[0], 25).items()}
     labels = script.Preferences(tmp_path, 4, 25, 3, "cpu")
-    labels.add(frames, hist, np.array([1.0]), np.array([[1.0, 0.0]]), pairs)
+    labels.add(clips | {"mu": np.array([1.0]), "returns": np.array([[1.0, 0.0]]), "segments": pairs})
     for k in range(1, 8):
-        part = slice(100 * k, 100 * k + 100)
-        pool.add(torch.as_tensor(obs[part][:, :, -1]), torch.as_tensor(history[part]), *torch.zeros(2, 100, 3))
+        fill_pool(pool, obs[100 * k : 100 * k + 100], history[100 * k : 100 * k + 100])
     stacks, mu, returns, _ = labels.batch([0])
     assert np.array_equal(stacks.numpy(), np.concatenate([obs[10:35, 0], obs[20:45, 1]]))
     assert mu.tolist() == [1.0] and returns.tolist() == [[1.0, 0.0]]
     (stored,) = script.read_shards(tmp_path, 25)
-    assert np.array_equal(stored["frames"], frames) and np.array_equal(stored["segments"], pairs)
+    assert np.array_equal(stored["frames"], clips["frames"]) and np.array_equal(stored["segments"], pairs)
 
 
 def test_the_window_holds_the_newest_labels_and_the_disk_all(tmp_path):
     labels = script.Preferences(tmp_path, 5, 2, 3, "cpu")
     for i in range(4):
         n = 2 + i % 2
-        frames = np.full((n, 2, 5, 84, 84), 10 * i, np.uint8)
-        ids = labels.count + np.arange(n)
-        labels.add(frames, np.full((n, 2, 2), 3), ids / 100, np.zeros((n, 2)), np.zeros((n, 2, 2), np.int64))
+        blank = {name: np.full((n, *shape), i, dtype) for name, (shape, dtype) in script.label_shapes(2).items()}
+        labels.add(blank | {"mu": (labels.count + np.arange(n)) / 100})
     assert labels.count == 10 and len(labels) == 5
-    assert sorted(labels.mu.tolist()) == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.09])
+    assert sorted(labels.arrays["mu"].tolist()) == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.09])
     assert torch.equal(labels.weights[8 % 5], torch.as_tensor(script.bootstrap_weights([8], 3)[0]))
     assert sum(len(arrays["mu"]) for arrays in script.read_shards(tmp_path, 2)) == 10
     again = script.Preferences(tmp_path, 5, 2, 3, "cpu")
     again.restore(10)
-    for name in ("frames", "history", "mu", "returns", "weights"):
-        assert torch.equal(getattr(again, name), getattr(labels, name))
+    assert torch.equal(again.weights, labels.weights)
+    for name, array in labels.arrays.items():
+        assert torch.equal(again.arrays[name], array)
 
 
 def test_bootstrap_holds_out_one_in_e_and_depends_on_the_label_alone():
@@ -361,7 +364,8 @@ def test_no_row_is_used_twice_in_a_batch_of_queries():
 def test_a_pair_is_never_asked_twice(tmp_path):
     labels = script.Preferences(tmp_path, 4, 2, 1, "cpu")
     pair = np.array([[[0, 5], [1, 9]]])
-    labels.add(np.zeros((1, 2, 5, 84, 84), np.uint8), np.zeros((1, 2, 2)), np.ones(1), np.zeros((1, 2)), pair)
+    blank = {name: np.zeros((1, *shape), dtype) for name, (shape, dtype) in script.label_shapes(2).items()}
+    labels.add(blank | {"segments": pair})
     assert labels.asked(np.array([[[0, 5], [1, 9]], [[1, 9], [0, 5]], [[0, 5], [1, 8]]])).tolist() == [
         True,
         True,
@@ -372,13 +376,12 @@ def test_a_pair_is_never_asked_twice(tmp_path):
 def test_the_most_disputed_candidates_are_taken(tmp_path, monkeypatch):
     args = make_args("--num-envs", "2", "--segment-length", "5")
     pool = script.SegmentPool(403, 2, "cpu")
-    frames = random_stacks(100)[:, :1].repeat(4, 2, 1, 1)
-    pool.add(frames, torch.full((400, 2), 3, dtype=torch.uint8), *torch.zeros(2, 400, 2))
+    fill_pool(pool, random_stacks(100)[:, None].repeat(4, 2, 1, 1, 1), np.full((400, 2), 3))
     ensemble, labels = make_ensemble(), script.Preferences(tmp_path, 4, 5, 3, "cpu")
     torch.nn.init.normal_(ensemble.out_weight, std=1.0)
 
     def score_of(pairs):
-        stacks = script.frames_to_stacks(*pool.clips(pairs.reshape(-1, 2), 5))
+        stacks = script.model_inputs(pool.clips(pairs.reshape(-1, 2), 5))
         return script.disagreement(ensemble.score(stacks).view(len(pairs), 2, 5, 3).sum(2), "none")
 
     offered = []
@@ -429,7 +432,8 @@ def fill(tmp_path, n=64, L=3, members=3, value=None, seed=0):
     returns = bright[..., 3:].sum(-1) / 255
     mu = (returns[:, 0] > returns[:, 1]) + 0.5 * (returns[:, 0] == returns[:, 1])
     labels = script.Preferences(tmp_path, n, L, members, "cpu")
-    labels.add(frames, np.full((n, 2, L), 3), mu, returns, np.zeros((n, 2, 2), np.int64), save=False)
+    answers = {"frames": frames, "history": np.full((n, 2, L), 3), "mu": mu, "returns": returns}
+    labels.add(answers | {"segments": np.zeros((n, 2, 2), np.int64)}, save=False)
     return labels
 
 
@@ -502,7 +506,7 @@ def test_ties_are_left_out_of_held_out_loss_and_accuracy(tmp_path):
     args = make_args("--segment-length", "3")
     labels, ensemble = fill(tmp_path, 32), make_ensemble()
     decided = script.decisive_sums(ensemble, labels, np.arange(16), args)
-    labels.mu[16:] = 0.5
+    labels.arrays["mu"][16:] = 0.5
     assert torch.allclose(script.decisive_sums(ensemble, labels, np.arange(32), args), decided, atol=1e-4)
     assert decided[:, 2].sum(0).tolist() == [16.0] * 3
     held_out_count = (labels.weights[:16] == 0).sum(0)

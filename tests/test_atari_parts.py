@@ -304,28 +304,31 @@ def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path, breakout):
     fill_pool(pool, obs[:100], history[:100])
     pairs = np.array([[[0, 10], [1, 20]]])
     clips = {name: x.numpy()[None] for name, x in pool.clips(pairs[0], 25).items()}
-    labels = script.Preferences(tmp_path, 4, 25, 3, "cpu")
+    labels = script.Preferences(tmp_path, 4, script.clip_shapes(25), 3, "cpu")
     labels.add(clips | {"mu": np.array([1.0]), "returns": np.array([[1.0, 0.0]]), "segments": pairs})
     for k in range(1, 8):
         fill_pool(pool, obs[100 * k : 100 * k + 100], history[100 * k : 100 * k + 100])
     stacks, mu, returns, _ = labels.batch([0])
     assert np.array_equal(stacks.numpy(), np.concatenate([obs[10:35, 0], obs[20:45, 1]]))
     assert mu.tolist() == [1.0] and returns.tolist() == [[1.0, 0.0]]
-    (stored,) = script.read_shards(tmp_path, 25)
+    (stored,) = script.read_shards(tmp_path, script.clip_shapes(25))
     assert np.array_equal(stored["frames"], clips["frames"]) and np.array_equal(stored["segments"], pairs)
 
 
 def test_the_window_holds_the_newest_labels_and_the_disk_all(tmp_path):
-    labels = script.Preferences(tmp_path, 5, 2, 3, "cpu")
+    labels = script.Preferences(tmp_path, 5, script.clip_shapes(2), 3, "cpu")
     for i in range(4):
         n = 2 + i % 2
-        blank = {name: np.full((n, *shape), i, dtype) for name, (shape, dtype) in script.label_shapes(2).items()}
+        blank = {
+            name: np.full((n, *shape), i, dtype)
+            for name, (shape, dtype) in script.label_shapes(script.clip_shapes(2)).items()
+        }
         labels.add(blank | {"mu": (labels.count + np.arange(n)) / 100})
     assert labels.count == 10 and len(labels) == 5
     assert sorted(labels.arrays["mu"].tolist()) == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.09])
     assert torch.equal(labels.weights[8 % 5], torch.as_tensor(script.bootstrap_weights([8], 3)[0]))
-    assert sum(len(arrays["mu"]) for arrays in script.read_shards(tmp_path, 2)) == 10
-    again = script.Preferences(tmp_path, 5, 2, 3, "cpu")
+    assert sum(len(arrays["mu"]) for arrays in script.read_shards(tmp_path, script.clip_shapes(2))) == 10
+    again = script.Preferences(tmp_path, 5, script.clip_shapes(2), 3, "cpu")
     again.restore(10)
     assert torch.equal(again.weights, labels.weights)
     for name, array in labels.arrays.items():
@@ -362,9 +365,12 @@ def test_no_row_is_used_twice_in_a_batch_of_queries():
 
 
 def test_a_pair_is_never_asked_twice(tmp_path):
-    labels = script.Preferences(tmp_path, 4, 2, 1, "cpu")
+    labels = script.Preferences(tmp_path, 4, script.clip_shapes(2), 1, "cpu")
     pair = np.array([[[0, 5], [1, 9]]])
-    blank = {name: np.zeros((1, *shape), dtype) for name, (shape, dtype) in script.label_shapes(2).items()}
+    blank = {
+        name: np.zeros((1, *shape), dtype)
+        for name, (shape, dtype) in script.label_shapes(script.clip_shapes(2)).items()
+    }
     labels.add(blank | {"segments": pair})
     assert labels.asked(np.array([[[0, 5], [1, 9]], [[1, 9], [0, 5]], [[0, 5], [1, 8]]])).tolist() == [
         True,
@@ -377,7 +383,7 @@ def test_the_most_disputed_candidates_are_taken(tmp_path, monkeypatch):
     args = make_args("--num-envs", "2", "--segment-length", "5")
     pool = script.SegmentPool(403, 2, "cpu")
     fill_pool(pool, random_stacks(100)[:, None].repeat(4, 2, 1, 1, 1), np.full((400, 2), 3))
-    ensemble, labels = make_ensemble(), script.Preferences(tmp_path, 4, 5, 3, "cpu")
+    ensemble, labels = make_ensemble(), script.Preferences(tmp_path, 4, script.clip_shapes(5), 3, "cpu")
     torch.nn.init.normal_(ensemble.out_weight, std=1.0)
 
     def score_of(pairs):
@@ -431,7 +437,7 @@ def fill(tmp_path, n=64, L=3, members=3, value=None, seed=0):
     frames[..., 30:50, 30:50] = bright[..., None, None]
     returns = bright[..., 3:].sum(-1) / 255
     mu = (returns[:, 0] > returns[:, 1]) + 0.5 * (returns[:, 0] == returns[:, 1])
-    labels = script.Preferences(tmp_path, n, L, members, "cpu")
+    labels = script.Preferences(tmp_path, n, script.clip_shapes(L), members, "cpu")
     answers = {"frames": frames, "history": np.full((n, 2, L), 3), "mu": mu, "returns": returns}
     labels.add(answers | {"segments": np.zeros((n, 2, 2), np.int64)}, save=False)
     return labels

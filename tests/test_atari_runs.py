@@ -125,7 +125,7 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
     assert summary["asked"] == 48 and summary["skipped"] == 0
     assert made[0].total_steps == summary["global_step"] == summary["total_timesteps"] == 1280
     run_dir = only(tmp_path)
-    stored = list(script.read_shards(run_dir / "preferences", 4))
+    stored = list(script.read_shards(run_dir / "preferences", script.clip_shapes(4)))
     assert sum(len(s["mu"]) for s in stored) == 48
     assert sum((s["mu"] == 0.5).sum() for s in stored) == summary["ties"] > 0
     for s in stored:  # the answers are the oracle's
@@ -156,7 +156,7 @@ def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
         assert np.isfinite(summary["reward_loss"])
         hashes[ablation] = summary["params_sha256"]
         length = 1 if ablation == "no-segments" else 4
-        stored = list(script.read_shards(only(tmp_path / ablation) / "preferences", length))
+        stored = list(script.read_shards(only(tmp_path / ablation) / "preferences", script.clip_shapes(length)))
         checkpoint = script.read_checkpoint(str(only(tmp_path / ablation)))
         assert len(checkpoint["ensemble"]["mean"]) == (1 if ablation == "no-ensemble" else 3)
         assert (checkpoint["ensemble"]["l2_coef"] == 0).all() == (ablation == "no-regularization")
@@ -219,7 +219,7 @@ def test_labels_can_be_reused_and_added_to(tmp_path, toy):
     source = str(only(tmp_path / "first"))
     summary = run(tmp_path / "b", "--oracle", "--labels", "40", "--preferences", source, "--total-timesteps", "640")
     assert (summary["labels_loaded"], summary["labels_used"]) == (48, 40)
-    stored = list(script.read_shards(only(tmp_path / "b") / "preferences", 4))
+    stored = list(script.read_shards(only(tmp_path / "b") / "preferences", script.clip_shapes(4)))
     assert sum(len(s["mu"]) for s in stored) == 88  # the run directory needs no other
 
 

@@ -1156,7 +1156,8 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
     """Play args.eval_episodes episodes, one per environment, with sampled actions, for the true, unclipped score.
 
     Own environments and generators: training is not moved by it. agent None plays at random. Of environment 0, the
-    first `record` steps come back too: RGB screens (a twin with the same seed and actions), env_rewards, pred_rewards.
+    first `record` steps come back too: screens of a twin with the same seed and actions, as (step, RGB), and
+    env_rewards and pred_rewards.
     """
     envs = make_envs(args, args.eval_episodes)
     twin = make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
@@ -1178,7 +1179,7 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
         history += 1  # no reset matters here: an environment is done after one episode
         if playing[0] and len(screens) < record:
             stacks.append(obs[0].clone())
-            screens.append(screen[0, 0])
+            screens.append((len(screens), screen[0, 0]))
             env_rewards.append(float(rewards[0]))
             screen = twin.step(action[:1])[0]
         playing &= ~(terminated | truncated)
@@ -1186,7 +1187,9 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
     if ensemble is not None and stacks:
         raw = ensemble.score(torch.stack(stacks))
         pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
-    return {"returns": returns, "screens": screens, "env_rewards": env_rewards, "pred_rewards": pred_rewards}
+    return {
+        "returns": returns, "screens": screens, "fps": 15.0, "env_rewards": env_rewards, "pred_rewards": pred_rewards,
+    }  # fmt: skip
 
 
 def draw_episode(result: dict, folder: Path, title: str) -> None:
@@ -1212,10 +1215,11 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
     with open(os.devnull, "w") as null:  # OpenCV's remark on the codec's tag goes to file descriptor 2
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)
-        writer = cv2.VideoWriter(str(folder / "episode.webm"), cv2.VideoWriter_fourcc(*"VP80"), 15, (640, 420))
+        codec = cv2.VideoWriter_fourcc(*"VP80")
+        writer = cv2.VideoWriter(str(folder / "episode.webm"), codec, result["fps"], (640, 420))
         os.dup2(stderr, 2)
         os.close(stderr)
-    for t, screen in enumerate(result["screens"]):
+    for t, screen in result["screens"]:
         canvas = np.full((420, 640, 3), 24, np.uint8)
         canvas[:, :320] = cv2.resize(screen[..., ::-1], (320, 420), interpolation=cv2.INTER_NEAREST)
         for row, (name, values) in enumerate(series.items()):

@@ -1,10 +1,10 @@
 """Collect runs into results/, and draw the figures from what is there.
 
-    python results/draw.py runs/ALE-Pong-v5__*         # add these runs' rows and curves, then draw
-    python results/draw.py                             # draw only
+    python results/draw.py runs/ALE-Pong-v5__* runs/Hopper-v5__*/random   # add these rows and curves, then draw
+    python results/draw.py                                                # draw only
 
-A row of atari.csv is a run's summary.json with the command that made it; a curve is what the run logged to TensorBoard,
-in curves/. A run that is there already is replaced.
+A row of atari.csv or mujoco.csv is a run's summary.json with the command that made it, or that of the random policy's
+evaluation; a curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced.
 """
 
 import csv
@@ -39,29 +39,34 @@ def read_csv(path: Path) -> list[dict]:
 def write_csv(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="")
+        writer = csv.DictWriter(file, max(rows, key=len), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def collect(run_dir: Path) -> None:
-    """Add a run's row to atari.csv and its curves, a point per 20,000 steps, to curves/<run>.csv."""
+def collect(folder: Path) -> None:
+    """Add a run's row to its table and its curves, a point per 20,000 steps, to curves/<run>.csv."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    random = folder.name == "random"  # what --evaluate RUN --random left
+    run_dir = folder.parent if random else folder
     run = json.loads((run_dir / "args.json").read_text())
-    row = json.loads((run_dir / "summary.json").read_text())
-    row |= {"run": run_dir.name, "hardware": run["hardware"], "command": re.sub(r" --runs-dir \S+", "", run["command"])}
-    table = HERE / "atari.csv"
-    rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != run_dir.name]
+    row = json.loads((folder / "summary.json").read_text())
+    command = f"python {run['script']}.py --evaluate {run_dir.name} --random" if random else run["command"]
+    command = re.sub(r" --runs-dir \S+", "", command)
+    row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command}
+    table = HERE / ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv")
+    rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != row["run"]]
     write_csv(table, [*rows, row])
+    if random:
+        return
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     points: dict[int, dict] = defaultdict(lambda: defaultdict(dict))
     for tag, name in LOGGED.items():
         for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else []:
-            points[-(-event.step // 20_000) * 20_000][name][event.step] = (
-                event.value
-            )  # a later one replaces a resumed one's
+            at = points[-(-event.step // 20_000) * 20_000]
+            at[name][event.step] = event.value  # a later one replaces a resumed one's
     curve = [
         {"step": step, **{n: round(float(np.mean(list(point[n].values()))), 4) for n in LOGGED.values() if point[n]}}
         for step, point in sorted(points.items())
@@ -107,7 +112,79 @@ def draw_atari() -> None:
         print(out)
 
 
+# Labels -> mean over the paper's eight tasks of (score - random) / (true-reward score - random), 20M steps (Fig. 2)
+PAPER_NORMALISED = {"350": 0.72, "700": 0.96, "1400": 1.04}
+COLOURS = {"true-reward": "C1", "350": "C2", "700": "C0", "1400": "C3"}
+
+
+def source(row: dict) -> str:
+    return row["labels"] if row["feedback"] == "oracle" else row["feedback"]
+
+
+def normalised_scores(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """labels -> task -> a score per seed: 0 is the random policy's, 1 the mean of the true-reward runs'."""
+    runs = defaultdict(list)
+    for row in rows:
+        if row["final_return_mean"] and row["ablation"] in ("", "none"):
+            runs[row["env_id"], source(row)].append(float(row["final_return_mean"]))
+    scores: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for (task, labels), returns in runs.items():
+        zero, one = runs.get((task, "random")), runs.get((task, "true-reward"))
+        if labels in PAPER_NORMALISED and zero and one:
+            zero, one = np.mean(zero), np.mean(one)
+            scores[labels][task] = [(score - zero) / (one - zero) for score in returns]
+    return scores
+
+
+def bootstrap_interval(per_task: list[list[float]], draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean over tasks, seeds drawn anew within each task."""
+    rng = np.random.default_rng(0)
+    means = sum(rng.choice(scores, (draws, len(scores))).mean(1) for scores in per_task) / len(per_task)
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def draw_mujoco() -> None:
+    """Per task, the true return over steps; the table of scores; what is missing is named."""
+    rows = [row for row in read_csv(HERE / "mujoco.csv") if row["ablation"] in ("", "none")]
+    tasks = sorted({row["env_id"] for row in rows})
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        for row in (row for row in rows if row["env_id"] == task and source(row) in COLOURS):
+            curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
+            xy = [(int(p["step"]) / 1e6, float(p["return"])) for p in curve if p["return"] not in ("", "nan")]
+            name = source(row) if row["feedback"] == "true-reward" else f"{source(row)} labels"
+            ax.plot(*zip(*xy, strict=True), color=COLOURS[source(row)], linewidth=1.0, label=name)
+        handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+        ax.legend(handles.values(), handles.keys(), fontsize=8)
+        ax.set_title(task)
+        ax.grid(alpha=0.3)
+        ax.set_xlabel("million steps")
+    for ax in axes.flat[len(tasks) :]:
+        ax.axis("off")
+    figure.savefig(HERE / "mujoco.png", dpi=110)
+    plt.close(figure)
+    print(HERE / "mujoco.png")
+
+    print("\n| task | random | true reward | 350 labels | 700 labels | 1400 labels |\n|---|---|---|---|---|---|")
+    for task in tasks:
+        cells = []
+        for name in ("random", "true-reward", "350", "700", "1400"):
+            found = [f"{float(r['final_return_mean']):,.1f}" for r in rows if r["env_id"] == task and source(r) == name]
+            cells.append(", ".join(found) or "–")
+        print(f"| {task} | {' | '.join(cells)} |")
+    for labels, scores in sorted(normalised_scores(rows).items(), key=lambda item: int(item[0])):
+        means = [np.mean(seeds) for seeds in scores.values()]
+        low, high = bootstrap_interval(list(scores.values()))
+        print(
+            f"{labels} labels, {len(scores)} tasks: mean {np.mean(means):.2f} [{low:.2f}, {high:.2f}], clipped at 1.5 "
+            f"{np.mean(np.minimum(means, 1.5)):.2f}, median {np.median(means):.2f}; paper, 8 tasks: "
+            f"{PAPER_NORMALISED[labels]}"
+        )
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         collect(Path(argument))
     draw_atari()
+    if (HERE / "mujoco.csv").exists():
+        draw_mujoco()

@@ -62,6 +62,7 @@ from tqdm import tqdm
 
 gym.register_envs(ale_py)
 SCRIPT = Path(__file__).stem
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions a run records
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 
@@ -160,7 +161,8 @@ class Args:
     pairs_per_step: float = 1 / 32
     """label presentations to the reward model per environment step; the paper's is 0.1"""
     pretrain_pairs: int = 12_000
-    """label presentations before the first policy update at most; ends sooner when the held-out loss stops falling"""
+    """label presentations before the first policy update, at most (in rounds of 32 minibatches); ends sooner when the
+    held-out loss stops falling"""
     dropout: float = 0.5
     """dropout after the third and fourth convolution of the reward model"""
     l2_coef: float = 1e-4
@@ -989,10 +991,9 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
 def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
-    round_size = 32 * args.reward_minibatch_size
-    while stale < 4 and presented + round_size <= args.pretrain_pairs:
+    while stale < 4 and presented < args.pretrain_pairs:
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
-        presented += round_size
+        presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
         print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
@@ -1083,7 +1084,7 @@ def make_run_dir(args: Args) -> Path:
         "script": SCRIPT,
         "args": asdict(args),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")},
+        "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
     }
@@ -1207,7 +1208,7 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
         ax.plot(values, linewidth=0.8)
         ax.set_ylabel(f"{name} reward")
     axes[0, 0].set_title(title)
-    axes[-1, 0].set_xlabel("agent step (4 frames)")
+    axes[-1, 0].set_xlabel("step")
     figure.savefig(folder / "episode.png", dpi=120)
     plt.close(figure)
 
@@ -1535,10 +1536,8 @@ def train(args: Args) -> dict:
         if due_to_save or progress.iteration % args.log_every == 0:
             progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
-            entropy, accuracy = (
-                progress.policy_log.get("entropy", math.nan),
-                progress.reward_log.get("accuracy_heldout", math.nan),
-            )
+            entropy = progress.policy_log.get("entropy", math.nan)
+            accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
             correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
             speed = (progress.global_step - line_step) / (time.time() - line_time)
             line_time, line_step = time.time(), progress.global_step

@@ -54,6 +54,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run records
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 
@@ -129,8 +130,8 @@ class Args:
     """PPO's clipping of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss likewise"""
-    ent_coef: float | None = None
-    """weight of the entropy bonus; default as in the paper 0.01, in Swimmer 0.001, with --true-reward 0"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus; the paper's TRPO has 0.01 with the predictor, with PPO that costs return"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -146,7 +147,8 @@ class Args:
     pairs_per_step: float = 1 / 8
     """label presentations to the reward model per environment step"""
     pretrain_pairs: int = 50_000
-    """label presentations before the first policy update at most; ends sooner when the held-out loss stops falling"""
+    """label presentations before the first policy update, at most (in rounds of 32 minibatches); ends sooner when the
+    held-out loss stops falling"""
     l2_coef: float = 1e-4
     """weight decay to start with; adapted per member so that held-out / training loss stays in [1.1, 1.5]"""
     reward_std: float = 0.1
@@ -189,8 +191,8 @@ class Args:
     """updates between two progress lines"""
     eval_every: int = 0
     """updates between two evaluations during training; 0 evaluates at the end only"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
+    eval_episodes: int | None = None
+    """episodes per evaluation; default 10, and 100 of Reacher's short ones"""
     checkpoint_every: int = 50
     """updates between two checkpoints"""
 
@@ -268,19 +270,21 @@ def check_args(args: Args) -> None:
         fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
     if args.random:
         fail("--random goes with --evaluate")
-    spec = gym.registry.get(args.env_id)
-    if spec is None or not str(spec.entry_point).startswith("gymnasium.envs.mujoco"):
-        tasks = [
-            name for name, spec in gym.registry.items() if str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-        ]
+    tasks = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("gymnasium.envs.mujoco")]
+    if args.env_id not in tasks:
         near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4)
         fail(f"{args.env_id} is not a MuJoCo task; did you mean {' or '.join(near or ['Hopper-v5'])}?")
+    try:
+        task = make_task(args.env_id)
+    except Exception as error:
+        fail(f"{args.env_id} can't be made here: {str(error).splitlines()[0]}")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 700
-    if args.ent_coef is None:
-        args.ent_coef = 0.0 if args.true_reward else 0.001 if args.env_id == "Swimmer-v5" else 0.01
+    if args.eval_episodes is None:
+        args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
     if args.segment_length is None:
-        args.segment_length = SEGMENT_LENGTH.get(args.env_id) or own_segment_length(args.env_id)
+        own = int(np.clip(round(1.5 / task.unwrapped.dt), 15, 60))  # 1.5 s, within the range of the paper's tasks
+        args.segment_length = SEGMENT_LENGTH.get(args.env_id, own)
     check_values(args)
     teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
     if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
@@ -369,10 +373,15 @@ SEGMENT_LENGTH = {
 }
 
 
-def own_segment_length(env_id: str) -> int:
-    """1.5 seconds of a task that the paper lacks, clamped to the paper's 15 to 60 steps."""
-    env = gym.make(env_id, disable_env_checker=True)
-    return int(np.clip(round(1.5 / env.unwrapped.dt), 15, 60))
+def make_task(env_id: str, **kwargs) -> gym.Env:
+    """The task as Gymnasium has it, but without a time limit, and in Ant without contact forces: 27 numbers."""
+    if env_id == "Ant-v5":
+        kwargs["include_cfrc_ext_in_observation"] = False
+    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute, as told at every start
+    try:
+        return gym.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+    finally:
+        mujoco.set_mju_user_warning(None)
 
 
 def paper_reward(env_id: str, env: MujocoEnv, x_before: float) -> float:
@@ -430,19 +439,9 @@ def make_envs(args: Args, num_envs: int, stagger: bool = True, **kwargs) -> Sync
 
     Observations (N, D) float64 in a buffer that the next step overwrites.
     """
-    if args.env_id == "Ant-v5":  # the paper's Ant had no contact forces in it that are of use; 27 numbers
-        kwargs["include_cfrc_ext_in_observation"] = False
-
-    def make(i):
-        env = gym.make(args.env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
-        return FixedLength(env, (i + 1) / num_envs if stagger else 1.0)
-
-    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute, as told 16 times
-    envs = SyncVectorEnv(
-        [lambda i=i: make(i) for i in range(num_envs)], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
-    )
-    mujoco.set_mju_user_warning(None)
-    return envs
+    shares = [(i + 1) / num_envs if stagger else 1.0 for i in range(num_envs)]
+    makers = [lambda share=share: FixedLength(make_task(args.env_id, **kwargs), share) for share in shares]
+    return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def derive_seed(*key: int) -> int:
@@ -959,10 +958,9 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
 def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
-    round_size = 32 * args.reward_minibatch_size
-    while stale < 4 and presented + round_size <= args.pretrain_pairs:
+    while stale < 4 and presented < args.pretrain_pairs:
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
-        presented += round_size
+        presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
         print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
@@ -1054,7 +1052,7 @@ def make_run_dir(args: Args) -> Path:
         "script": SCRIPT,
         "args": asdict(args),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")},
+        "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
     }
@@ -1451,9 +1449,7 @@ def train(args: Args) -> dict:
             with torch.no_grad():
                 next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
                 dones = torch.as_tensor(ended, device=device)
-                if (
-                    final_obs
-                ):  # at the time limit, the value of the state that the step led to; the next row is a reset's
+                if final_obs:  # at a time limit the value of the state that the step led to: the next row is a reset's
                     final_obs = torch.tensor(np.array(final_obs), dtype=torch.float32, device=device)
                     next_values[dones] = agent.get_value(final_obs)
             advantages, returns = compute_gae(
@@ -1523,10 +1519,8 @@ def train(args: Args) -> dict:
         if due_to_save or progress.iteration % args.log_every == 0:
             progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
-            entropy, accuracy = (
-                progress.policy_log.get("entropy", math.nan),
-                progress.reward_log.get("accuracy_heldout", math.nan),
-            )
+            entropy = progress.policy_log.get("entropy", math.nan)
+            accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
             correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
             speed = (progress.global_step - line_step) / (time.time() - line_time)
             line_time, line_step = time.time(), progress.global_step

@@ -1,0 +1,142 @@
+"""The training scripts are meant to be diffed: what is the same function in two of them is the same text.
+
+Every name that a script defines at its top level is listed below, by the scripts that have it and by whose text is
+whose. "a = b" is the same text in both, "a | b" is two texts. A name that is not listed, or listed wrongly, fails.
+
+To add a third script, put it into SCRIPTS and run this file: what fails says where each name goes, for instance
+"ppo_atari = a2c_atari | ppo_mujoco" under DIFFERENT, or "ppo_atari = a2c_atari" under ONLY.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("ppo_atari", "ppo_mujoco")  # <name>_rlhf.py, in the order of the keys below
+
+# In all scripts, with the same text
+SHARED = """
+    SCRIPT QUERY_BATCH QUERY_CANDIDATES fail Ablation
+    derive_seed
+    layer_init
+    sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement
+    bootstrap_weights teacher_answers label_schedule label_shapes Preferences read_shards
+    compute_gae policy_loss minibatch_loss
+    update_policy decisive_sums held_out adapt_l2 pretrain labels_due select_pairs
+    git_commit make_run_dir read_run write_checkpoint read_checkpoint params_sha256 draw_episode reward_correlation
+"""
+
+# In all scripts, with more than one text
+DIFFERENT = {
+    "ppo_atari | ppo_mujoco": """
+        PACKAGES
+        Args check_values check_args resolve_hardware parse_args
+        make_envs
+        Agent
+        RewardEnsemble
+        clip_shapes model_inputs SegmentPool
+        update_reward_model
+        Progress load_reward_model evaluate evaluate_run
+        train
+    """,
+}
+
+# Not in all scripts
+ONLY = {
+    "ppo_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout",
+    "ppo_mujoco": "SEGMENT_LENGTH make_task paper_reward FixedLength make_twin",
+}
+
+
+def source(script: str) -> str:
+    return (ROOT / f"{script}_rlhf.py").read_text()
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Top-level name -> text of what defines it, decorators included."""
+    found, lines = {}, text.splitlines()  # ast.get_source_segment splits them anew at each call
+    for node in ast.parse(text).body:
+        segment = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+            first = min(part.lineno for part in [node, *node.decorator_list])
+            segment = "\n".join(lines[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        else:
+            continue
+        for name in names:
+            found[name] = f"{found[name]}\n{segment}" if name in found else segment
+    return found
+
+
+def relation(name: str, texts: dict[str, dict[str, str]]) -> str:
+    """ "a = b | c": a and b have the same text of this name, c another; scripts without it are left out."""
+    groups: dict[str, list[str]] = {}
+    for script in SCRIPTS:
+        if name in texts[script]:
+            groups.setdefault(texts[script][name], []).append(script)
+    return " | ".join(" = ".join(group) for group in groups.values())
+
+
+def banners(text: str) -> list[str]:
+    return re.findall(r"^# -{100,}\n# (.+)\n# -{100,}$", text, flags=re.MULTILINE)
+
+
+def test_each_name_is_the_same_text_in_just_the_scripts_that_it_is_listed_for():
+    listed = [(name, " = ".join(SCRIPTS)) for name in SHARED.split()]
+    listed += [(name, key) for group in (DIFFERENT, ONLY) for key, names in group.items() for name in names.split()]
+    assert len(listed) == len(dict(listed)), "a name is listed twice"
+    texts = {script: definitions(source(script)) for script in SCRIPTS}
+    found = {name: relation(name, texts) for script in SCRIPTS for name in texts[script]}
+    wrong = [
+        f"{name}: listed as {dict(listed).get(name, 'nothing')!r}, is {found.get(name, 'nowhere')!r}"
+        for name in sorted(found.keys() | dict(listed).keys())
+        if found.get(name) != dict(listed).get(name)
+    ]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_lists_say_what_they_are_lists_of():
+    assert all(set(re.split(r" [=|] ", key)) == set(SCRIPTS) and "|" in key for key in DIFFERENT)
+    assert all(set(re.split(r" [=|] ", key)) < set(SCRIPTS) for key in ONLY)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_names_that_scripts_share_come_in_the_same_order(script):
+    """A diff shows a function that has moved as two differences."""
+    ours, theirs = definitions(source(script)), definitions(source(SCRIPTS[0]))
+    assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_sections_are_the_same_in_the_same_order(script):
+    assert banners(source(script)) == banners(source(SCRIPTS[0])) != []
+    assert len(banners(source(script))) == 9
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_plot_is_told_in_the_same_words(script):
+    plots = [re.search(r"^    label L\(0\).*?\n\n", source(s), flags=re.MULTILINE | re.DOTALL)[0] for s in SCRIPTS]
+    assert len(plots[0].splitlines()) == 10 and set(plots) == {plots[SCRIPTS.index(script)]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_imports_no_sibling(script):
+    for node in ast.walk(ast.parse(source(script))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not any(name.endswith("_rlhf") or name.startswith("tests") for name in names)
+
+
+def test_the_comparison_sees_what_it_should():
+    """A changed decorator, a name that is assigned again, and both names of a pair count as text of the name."""
+    plain, marked = "def f(): pass\n", "@torch.no_grad()\ndef f(): pass\n"
+    assert definitions(plain)["f"] != definitions(marked)["f"] == "@torch.no_grad()\ndef f(): pass"
+    found = definitions("A, B = 1, 2\nC: int = 3\nA += 1\n")
+    assert found == {"A": "A, B = 1, 2\nA += 1", "B": "A, B = 1, 2", "C": "C: int = 3"}
+    texts = {script: {"f": "1"} for script in SCRIPTS} | {SCRIPTS[-1]: {"f": "2", "g": "3"}}
+    assert relation("f", texts) == f"{' = '.join(SCRIPTS[:-1])} | {SCRIPTS[-1]}" and relation("g", texts) == SCRIPTS[-1]

@@ -46,7 +46,7 @@ DIFFERENT = {
 # Not in all scripts
 ONLY = {
     "ppo_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout",
-    "ppo_mujoco": "SEGMENT_LENGTH make_task paper_reward FixedLength make_twin",
+    "ppo_mujoco": "SEGMENT_LENGTH EPISODE_LENGTH make_task paper_reward FixedLength make_twin",
 }
 
 

@@ -1,6 +1,6 @@
 """Whole runs of ppo_mujoco_rlhf.py on the real simulator: learning, seeds, ablations, resume, saved labels.
 
-InvertedPendulum-v5 is the cheapest task. Its first episodes end after 250, 500, 750 and 1000 steps with four
+InvertedPendulum-v5 is the cheapest task. Its first episodes end after 63, 125, 188 and 250 steps with four
 environments, so the small runs below (640 steps each) hold time limits, and with --reset-every resets, too.
 """
 
@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -90,7 +89,7 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, quick):
     assert summary["finished"] and summary["labels_used"] == summary["labels"] == 48
     assert summary["asked"] == 48 and summary["skipped"] == 0
     assert sum(len(witness[i][0]) for i in range(4)) == summary["global_step"] == summary["total_timesteps"] == 2560
-    assert len(witness.rows) == 5 and len(witness[4][0]) == 1000  # and an evaluation
+    assert len(witness.rows) == 5 and len(witness[4][0]) == 250  # and an evaluation
     assert summary["final_return_mean"] == pytest.approx(witness[4][2].sum())
     run_dir = only(tmp_path)
     stored = shards(run_dir)
@@ -490,21 +489,21 @@ def test_evaluation_of_a_run_and_of_the_random_policy(tmp_path, quick):
     assert other["final_return_mean"] != row["final_return_mean"]
     random_row = run(tmp_path, "--evaluate", str(run_dir), "--random", "--eval-episodes", "3", small=[])
     assert random_row["feedback"] == "random" and random_row["final_episodes"] == 3
-    assert random_row["global_step"] == 0 and -1700 < random_row["final_return_mean"] < -1200
+    assert random_row["global_step"] == 0 and -400 < random_row["final_return_mean"] < -250
     assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
 LEARNING = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", "60000", "--num-envs", "16", "--num-steps", "64"]
-LEARNING += ["--num-minibatches", "4", "--learning-rate", "1e-3", "--gamma", "0.98", "--ent-coef", "0"]
+LEARNING += ["--num-minibatches", "4", "--gamma", "0.98"]
 LEARNING += ["--oracle", "--labels", "1000", "--segment-length", "3", "--query-pool-steps", "8000"]
 LEARNING += ["--pairs-per-step", "1", "--reward-minibatch-size", "128", "--pretrain-pairs", "8192"]
 
 
 @pytest.fixture
 def short_episodes(quick):
-    """Of 100 steps, which the pole lies down for most of at first: with 1,000, hardly a row shows it standing."""
-    quick.setattr(gym.spec("InvertedPendulum-v5"), "max_episode_steps", 100)
+    """Of 100 steps, so that the little that so short a run sees shows the pole standing more often."""
+    quick.setitem(script.EPISODE_LENGTH, "InvertedPendulum-v5", 100)
 
 
 def test_the_policy_learns_from_comparisons(tmp_path, short_episodes):

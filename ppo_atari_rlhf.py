@@ -65,6 +65,7 @@ SCRIPT = Path(__file__).stem
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions a run records
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
+REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
 
 
 def fail(message: str):
@@ -1449,11 +1450,11 @@ def train(args: Args) -> dict:
 
         # 7. Rewards: the whole rollout by one model, in one go. Beside the log, only the oracle reads env_rewards.
         oracle_rewards = oracle_rewards_of(env_rewards, lost, args)
-        if args.true_reward:  # scaled by a running std, as the predictor's are
-            keep = 0.9 if progress.iteration > 1 else 0.0
-            progress.true_reward_var *= keep
-            progress.true_reward_var += (1 - keep) * float(np.sign(env_rewards).var())
-            scale = args.reward_std / max(math.sqrt(progress.true_reward_var), args.reward_std_floor)
+        if args.true_reward:  # scaled by a running std, as the predictor's are; its average reaches 20,000 steps back
+            keep = 0.9 ** (args.batch_size / 2048)
+            progress.true_reward_var += (1 - keep) * (float(np.sign(env_rewards).var()) - progress.true_reward_var)
+            var = progress.true_reward_var / (1 - keep**progress.iteration)  # it began with zero
+            scale = args.reward_std / max(math.sqrt(var), args.reward_std_floor)
             pred_rewards = torch.as_tensor(scale * np.sign(env_rewards), dtype=torch.float32, device=device)
         elif progress.paid_from < 0:
             pred_rewards = torch.zeros(shape, device=device)
@@ -1511,12 +1512,12 @@ def train(args: Args) -> dict:
                 progress.paid_from = progress.global_step
             owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
             minibatches = int(owed) // args.reward_minibatch_size
-            if minibatches:
+            if minibatches >= REWARD_MINIBATCHES:
                 progress.reward_log = update_reward_model(
                     ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
                 )
                 progress.pairs_presented += minibatches * args.reward_minibatch_size
-            if minibatches or not ensemble.renewals:
+            if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
                 rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
                 ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
 

@@ -60,6 +60,7 @@ SCRIPT = Path(__file__).stem
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run records
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
+REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
 
 
 def fail(message: str):
@@ -1500,12 +1501,12 @@ def train(args: Args) -> dict:
                 progress.paid_from = progress.global_step
             owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
             minibatches = int(owed) // args.reward_minibatch_size
-            if minibatches:
+            if minibatches >= REWARD_MINIBATCHES:
                 progress.reward_log = update_reward_model(
                     ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
                 )
                 progress.pairs_presented += minibatches * args.reward_minibatch_size
-            if minibatches or not ensemble.renewals:
+            if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
                 rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
                 ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
 

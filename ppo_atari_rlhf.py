@@ -201,7 +201,7 @@ class Args:
     preferences: str | None = None
     """run directory whose labels this run starts from"""
     reward_model: str | None = None
-    """run directory whose reward model pays this run's agent, unchanged; needs --labels 0"""
+    """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
 
     # Logging and checkpoints
     track: bool = False
@@ -277,6 +277,8 @@ def check_values(args: Args) -> None:
             math.isnan(value) or value < 0 or (value == math.inf and name != "teacher_beta")
         ):
             fail(f"{flag} must be a number of at least 0")
+        if value == 0 and name in ("learning_rate", "reward_learning_rate", "reward_std", "reward_std_floor"):
+            fail(f"{flag} must be above 0")
         least = 0 if name in ("seed", "labels", "eval_every") else 1
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
             fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
@@ -698,7 +700,7 @@ def preference_loss(difference, mu):
 
 
 def target_loss(sums, returns):
-    """Ablation `target`: both clips' sums regressed on the true ones. (B, 2, M), (B, 2) -> (B, M)."""
+    """Ablation `target`: both clips' sums regressed on the true ones, standardised. (B, 2, M), (B, 2) -> (B, M)."""
     return (sums - returns.unsqueeze(-1)).square().mean(1)
 
 
@@ -817,10 +819,16 @@ class Preferences:
         return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
 
     def batch(self, at):
-        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights."""
+        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights.
+
+        The returns are standardised over the window: the scale of what is fitted to them is free, and their mean, for
+        which the ensemble has no bias, is the same constant in every step.
+        """
         at = torch.as_tensor(at, device=self.weights.device)
         clips = {name: self.arrays[name][at].flatten(0, 1) for name in self.clips}
-        return model_inputs(clips), self.arrays["mu"][at], self.arrays["returns"][at], self.weights[at]
+        returns = self.arrays["returns"][: len(self)]
+        returns = (self.arrays["returns"][at] - returns.mean()) / returns.std().clamp(min=1e-6)
+        return model_inputs(clips), self.arrays["mu"][at], returns, self.weights[at]
 
 
 def read_shards(folder: Path, clips: dict, until: float = math.inf):
@@ -1011,8 +1019,9 @@ def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int
         wanted, first = missing, max(pool.first_start(), progress.fresh_from)
         enough = min(QUERY_BATCH, args.query_limit, missing)
     else:
-        total_steps = args.num_iterations * args.batch_size
-        scheduled = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
+        steps = progress.global_step - progress.paid_from  # the paper's clock starts with the policy's training
+        left = args.num_iterations * args.batch_size - progress.paid_from
+        scheduled = label_schedule(steps, left, args.initial_labels, args.labels)
         wanted, first = scheduled - progress.labels_used, pool.first_start()
         enough = 1 if last else min(QUERY_BATCH, args.query_limit)
     room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
@@ -1213,6 +1222,8 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
     figure.savefig(folder / "episode.png", dpi=120)
     plt.close(figure)
 
+    if not result["screens"]:
+        return
     # Left half: the game. Right half: the last 100 steps of each reward, zero in the middle of its box.
     with open(os.devnull, "w") as null:  # OpenCV's remark on the codec's tag goes to file descriptor 2
         stderr = os.dup(2)
@@ -1370,6 +1381,10 @@ def train(args: Args) -> dict:
         for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # ALE's vector can't save its state
             next_frames, *_ = envs.step(action.astype(np.int64))
         streams[:] = checkpoint["streams"].numpy()
+        if not np.array_equal(observe(next_frames, history, boxes), checkpoint["next_obs"]):
+            print(
+                "the emulator did not come back to where it was (another version?): this is not the same run any more"
+            )
 
     # 5. Storage of one rollout, logging, signals
     shape = (args.num_steps, args.num_envs)
@@ -1506,17 +1521,18 @@ def train(args: Args) -> dict:
             progress.ties += int((mu[~skipped] == 0.5).sum())
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
-        if learns_reward and progress.labels_used >= args.initial_labels:
+        if ensemble and progress.labels_used >= args.initial_labels:
             if progress.paid_from < 0:
                 pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
                 progress.paid_from = progress.global_step
             owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
             minibatches = int(owed) // args.reward_minibatch_size
             if minibatches >= REWARD_MINIBATCHES:
-                progress.reward_log = update_reward_model(
-                    ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
-                )
                 progress.pairs_presented += minibatches * args.reward_minibatch_size
+                if learns_reward:  # one that was loaded stays as it is, but for the scale of what it pays
+                    progress.reward_log = update_reward_model(
+                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
+                    )
             if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
                 rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
                 ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
@@ -1582,6 +1598,7 @@ def train(args: Args) -> dict:
                 "generator": generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "next_obs": next_obs,
                 "actions_since_reset": torch.stack(actions_since_reset),
                 "streams": torch.as_tensor(streams),
             }
@@ -1635,7 +1652,7 @@ def train(args: Args) -> dict:
             print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were never answered")
     if args.track:
         wandb_run.summary.update(summary)
-        if finished:
+        if finished and result["screens"]:
             wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
         wandb_run.finish()
     score = f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes"

@@ -90,8 +90,8 @@ class Args:
     """seed of everything: two runs with the same arguments end in the same parameters (on a CPU)"""
     total_timesteps: int = 2_000_000
     """steps over all environments; rounded up to whole rollouts"""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:1", …; auto takes a GPU where there is one"""
+    device: str = "cpu"
+    """"cpu", "cuda", "cuda:1", …; these networks are too small for a GPU to gain"""
     torch_threads: int | None = None
     """threads of PyTorch on the CPU; default: 1, since these networks are too small to share"""
     compile: bool = False
@@ -113,7 +113,8 @@ class Args:
     reset_every: int = 100
     """updates after which all environments start anew; a resumed run replays the actions since then"""
 
-    # Policy optimisation (CleanRL's ppo_continuous_action.py, in 16 environments: minibatches of 256 at a rate of 1e-3)
+    # Policy optimisation (CleanRL's ppo_continuous_action.py, but gamma and lambda as in A.1, 16 environments,
+    # minibatches of 256 at a rate of 1e-3, and no clipping of the value loss)
     learning_rate: float = 1e-3
     """learning rate of the policy's Adam"""
     anneal_lr: bool = True
@@ -182,7 +183,7 @@ class Args:
     preferences: str | None = None
     """run directory whose labels this run starts from"""
     reward_model: str | None = None
-    """run directory whose reward model pays this run's agent, unchanged; needs --labels 0"""
+    """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
 
     # Logging and checkpoints
     track: bool = False
@@ -257,6 +258,8 @@ def check_values(args: Args) -> None:
             math.isnan(value) or value < 0 or (value == math.inf and name != "teacher_beta")
         ):
             fail(f"{flag} must be a number of at least 0")
+        if value == 0 and name in ("learning_rate", "reward_learning_rate", "reward_std", "reward_std_floor"):
+            fail(f"{flag} must be above 0")
         least = 0 if name in ("seed", "labels", "eval_every") else 1
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
             fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
@@ -274,20 +277,20 @@ def check_args(args: Args) -> None:
         fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
     if args.random:
         fail("--random goes with --evaluate")
-    tasks = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("gymnasium.envs.mujoco")]
+    # Of v5: in older ones a robot that has fallen is paid its bonus for standing as soon as its end is hidden
+    tasks = [name for name, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)]
+    tasks = [name for name in tasks if name.endswith("-v5")]
     if args.env_id not in tasks:
         near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4)
-        fail(f"{args.env_id} is not a MuJoCo task; did you mean {' or '.join(near or ['Hopper-v5'])}?")
-    try:
-        task = make_task(args.env_id)
-    except Exception as error:
-        fail(f"{args.env_id} can't be made here: {str(error).splitlines()[0]}")
+        fail(f"{args.env_id} is not a v5 MuJoCo task; did you mean {' or '.join(near or ['Hopper-v5'])}?")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 700
     if args.eval_episodes is None:
         args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
     if args.segment_length is None:
-        own = int(np.clip(round(1.5 / task.unwrapped.dt), 15, 60))  # 1.5 s, within the range of the paper's tasks
+        own = int(
+            np.clip(round(1.5 / make_task(args.env_id).unwrapped.dt), 15, 60)
+        )  # 1.5 s, within the range of the paper's tasks
         args.segment_length = SEGMENT_LENGTH.get(args.env_id, own)
     check_values(args)
     teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
@@ -442,7 +445,7 @@ class FixedLength(gym.Wrapper):
 
 
 def make_envs(args: Args, num_envs: int, stagger: bool = True, **kwargs) -> SyncVectorEnv:
-    """num_envs environments, stepped in turn. SAME_STEP: every row is a real step (trap: the default inserts one).
+    """num_envs environments, stepped in turn. SAME_STEP: every row is a real step (the default inserts one per end).
 
     Observations (N, D) float64 in a buffer that the next step overwrites.
     """
@@ -556,7 +559,8 @@ class RewardEnsemble(nn.Module):
     def renew_inputs(self, x):
         """Mean and std of the inputs, from all rows (B, D) of the labels that the model is about to be fitted to."""
         self.input_mean.copy_(x.mean(0))
-        self.input_std.copy_(x.std(0).clamp(min=1e-4))
+        self.input_std.copy_(x.std(0))
+        self.input_std[self.input_std < 1e-4] = 1.0  # constant so far: the least move would be taken for ten stds
 
     @torch.no_grad()
     def score(self, x, batch: int = 4096) -> torch.Tensor:
@@ -670,7 +674,7 @@ def preference_loss(difference, mu):
 
 
 def target_loss(sums, returns):
-    """Ablation `target`: both clips' sums regressed on the true ones. (B, 2, M), (B, 2) -> (B, M)."""
+    """Ablation `target`: both clips' sums regressed on the true ones, standardised. (B, 2, M), (B, 2) -> (B, M)."""
     return (sums - returns.unsqueeze(-1)).square().mean(1)
 
 
@@ -789,10 +793,16 @@ class Preferences:
         return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
 
     def batch(self, at):
-        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights."""
+        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights.
+
+        The returns are standardised over the window: the scale of what is fitted to them is free, and their mean, for
+        which the ensemble has no bias, is the same constant in every step.
+        """
         at = torch.as_tensor(at, device=self.weights.device)
         clips = {name: self.arrays[name][at].flatten(0, 1) for name in self.clips}
-        return model_inputs(clips), self.arrays["mu"][at], self.arrays["returns"][at], self.weights[at]
+        returns = self.arrays["returns"][: len(self)]
+        returns = (self.arrays["returns"][at] - returns.mean()) / returns.std().clamp(min=1e-6)
+        return model_inputs(clips), self.arrays["mu"][at], returns, self.weights[at]
 
 
 def read_shards(folder: Path, clips: dict, until: float = math.inf):
@@ -928,7 +938,7 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
     """Train on minibatches drawn from all labels. Out: means of what was logged, as tensors.
 
     Member losses are summed, each normalised by its own weights: with their mean, Adam aside, every member would
-    learn at a third of the rate. Both clips of a pair are in one batch, so batch norm can't tell them apart.
+    learn at a third of the rate.
     """
     ensemble.renew_inputs(preferences.batch(np.arange(len(preferences)))[0])
     logged = []
@@ -984,8 +994,9 @@ def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int
         wanted, first = missing, max(pool.first_start(), progress.fresh_from)
         enough = min(QUERY_BATCH, args.query_limit, missing)
     else:
-        total_steps = args.num_iterations * args.batch_size
-        scheduled = label_schedule(progress.global_step, total_steps, args.initial_labels, args.labels)
+        steps = progress.global_step - progress.paid_from  # the paper's clock starts with the policy's training
+        left = args.num_iterations * args.batch_size - progress.paid_from
+        scheduled = label_schedule(steps, left, args.initial_labels, args.labels)
         wanted, first = scheduled - progress.labels_used, pool.first_start()
         enough = 1 if last else min(QUERY_BATCH, args.query_limit)
     room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
@@ -1206,6 +1217,8 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
     figure.savefig(folder / "episode.png", dpi=120)
     plt.close(figure)
 
+    if not result["screens"]:
+        return
     # Left half: the game. Right half: the last 100 steps of each reward, zero in the middle of its box.
     with open(os.devnull, "w") as null:  # OpenCV's remark on the codec's tag goes to file descriptor 2
         stderr = os.dup(2)
@@ -1307,7 +1320,7 @@ def train(args: Args) -> dict:
     # 2. Hardware and seeds
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)  # initial parameters and dropout; all else has a generator of its own
+    torch.manual_seed(args.seed)  # initial parameters; all else has a generator of its own
     names = ("policy", "query", "teacher", "reward")
     rngs = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(names)}
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 10))  # actions
@@ -1346,11 +1359,8 @@ def train(args: Args) -> dict:
                 stream.copy_(checkpoint["pool"]["streams"][name])
         for name, state in checkpoint["rngs"].items():
             rngs[name].bit_generator.state = json.loads(state)
-        torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == torch.device(checkpoint["hardware"][0]).type:
             generator.set_state(checkpoint["generator"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
         if learns_reward:
             preferences.restore(checkpoint["labels_on_disk"])
         last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
@@ -1360,6 +1370,10 @@ def train(args: Args) -> dict:
             next_obs, *_ = envs.step(action)
         next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
         streams[:] = checkpoint["streams"].numpy()
+        if not torch.equal(next_obs.cpu(), checkpoint["next_obs"]):
+            print(
+                "the simulator did not come back to where it was (another version?): this is not the same run any more"
+            )
 
     # 5. Storage of one rollout, logging, signals
     shape = (args.num_steps, args.num_envs)
@@ -1403,7 +1417,7 @@ def train(args: Args) -> dict:
         update_started, evaluation_seconds = time.time(), 0.0
 
         # 6. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
-        #    replay them; the agent sees neither that nor any other end.
+        #    replay them; the policy sees neither that nor any other end.
         if progress.iteration % args.reset_every == 0:
             next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
             next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
@@ -1495,17 +1509,18 @@ def train(args: Args) -> dict:
             progress.ties += int((mu[~skipped] == 0.5).sum())
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
-        if learns_reward and progress.labels_used >= args.initial_labels:
+        if ensemble and progress.labels_used >= args.initial_labels:
             if progress.paid_from < 0:
                 pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
                 progress.paid_from = progress.global_step
             owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
             minibatches = int(owed) // args.reward_minibatch_size
             if minibatches >= REWARD_MINIBATCHES:
-                progress.reward_log = update_reward_model(
-                    ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
-                )
                 progress.pairs_presented += minibatches * args.reward_minibatch_size
+                if learns_reward:  # one that was loaded stays as it is, but for the scale of what it pays
+                    progress.reward_log = update_reward_model(
+                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
+                    )
             if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
                 rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
                 ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
@@ -1569,8 +1584,7 @@ def train(args: Args) -> dict:
                 "pool": vars(pool) if pool else None,
                 "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
                 "generator": generator.get_state(),
-                "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "next_obs": next_obs,
                 "actions_since_reset": torch.stack(actions_since_reset),
                 "streams": torch.as_tensor(streams),
             }
@@ -1624,7 +1638,7 @@ def train(args: Args) -> dict:
             print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were never answered")
     if args.track:
         wandb_run.summary.update(summary)
-        if finished:
+        if finished and result["screens"]:
             wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
         wandb_run.finish()
     score = f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes"

@@ -389,7 +389,7 @@ def test_only_renew_inputs_moves_the_input_statistics():
     assert changed(ensemble, before) == {"input_mean", "input_std"}
     assert torch.allclose(ensemble.input_mean, x.mean(0)) and torch.allclose(ensemble.input_std, x.std(0))
     ensemble.renew_inputs(torch.ones(50, 5))  # what never changes is not blown up
-    assert ensemble.input_std.min().item() == pytest.approx(1e-4) and ensemble.score(x).isfinite().all()
+    assert ensemble.input_std.min().item() > 1e-4 and ensemble.score(x).isfinite().all()
 
 
 def test_a_stored_clip_scores_the_same_after_the_policys_statistics_have_moved(tmp_path):
@@ -546,7 +546,7 @@ def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path):
     inputs, mu, returns, _ = labels.batch([0])
     expected = [np.concatenate([first[k][t : t + 6, n] for k in ("obs", "actions")], -1) for n, t in ((0, 10), (1, 20))]
     assert np.array_equal(inputs.numpy(), np.concatenate(expected))
-    assert mu.tolist() == [1.0] and returns.tolist() == [[1.0, 0.0]]
+    assert mu.tolist() == [1.0] and returns.tolist() == [pytest.approx([0.5**0.5, -(0.5**0.5)])]
     (stored,) = script.read_shards(tmp_path, script.clip_shapes(6, 3, 2))
     assert np.array_equal(stored["obs"][0, 1], first["obs"][20:26, 1]) and np.array_equal(stored["segments"], pairs)
     again = script.Preferences(tmp_path, 4, script.clip_shapes(6, 3, 2), 3, "cpu")
@@ -577,14 +577,14 @@ def test_the_most_disputed_candidates_are_taken(tmp_path, monkeypatch):
         (["--oracle", "--true-reward"], "exactly one of"),
         (["--oracle", "--env-id", "Hoper-v5"], "did you mean Hopper-v5"),
         (["--oracle", "--env-id", "Walker-v5"], "Walker2d-v5"),
-        (["--oracle", "--env-id", "CartPole-v1"], "not a MuJoCo task"),
-        (["--oracle", "--env-id", "Pendulum-v1"], "not a MuJoCo task"),
-        (["--oracle", "--env-id", "ALE/Pong-v5"], "not a MuJoCo task"),
-        (["--oracle", "--env-id", ""], "not a MuJoCo task"),
+        (["--oracle", "--env-id", "CartPole-v1"], "not a v5 MuJoCo task"),
+        (["--oracle", "--env-id", "Pendulum-v1"], "not a v5 MuJoCo task"),
+        (["--oracle", "--env-id", "ALE/Pong-v5"], "not a v5 MuJoCo task"),
+        (["--oracle", "--env-id", ""], "not a v5 MuJoCo task"),
         (["--oracle", "--env-id", "Hopper-v2"], "Hopper-v5"),
-        (["--oracle", "--env-id", "Pusher-v4"], "Pusher-v4"),  # Gymnasium has it, but not for today's MuJoCo
-        (["--true-reward", "--env-id", "Pusher-v4"], "Pusher-v4"),
-        (["--oracle", "--env-id", "HalfCheetah-v4", "--labels", "-3"], "negative"),  # MuJoCo writes a log of its own
+        (["--oracle", "--env-id", "Pusher-v4"], "not a v5"),  # fallen robots are paid for standing there
+        (["--true-reward", "--env-id", "Hopper-v4"], "not a v5"),
+        (["--oracle", "--env-id", "HalfCheetah-v5", "--labels", "-3"], "negative"),  # no log of MuJoCo's own
         (["--oracle", "--ablation", "no-labels"], "invalid choice"),
         (["--oracle", "--labels", "-3"], "negative"),
         (["--oracle", "--labels", "0"], "nothing to learn from"),

@@ -36,6 +36,7 @@ def quick(monkeypatch):
     """No picture of the last episode: that takes longer than a small run."""
     monkeypatch.setattr(script, "draw_episode", lambda result, folder, title: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(script, "make_twin", lambda *_: None)
+    monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
     return monkeypatch
 
 
@@ -268,7 +269,8 @@ def test_a_frozen_reward_model_pays_a_new_agent(tmp_path, quick):
     summary = run(tmp_path / "b", *flags, "--seed", "5")
     assert summary["finished"] and summary["asked"] == 0
     frozen = script.read_checkpoint(str(only(tmp_path / "b")))["ensemble"]
-    assert all(torch.equal(frozen[name], learned[name]) for name in learned)
+    rescaled = {name for name in learned if not torch.equal(frozen[name], learned[name])}
+    assert rescaled == {"mean", "std", "average_std", "renewals"}  # on what the new agent does; nothing else moves
     noise_for(quick)
     assert run(tmp_path / "c", *flags, "--seed", "5")["params_sha256"] == summary["params_sha256"]
 
@@ -287,7 +289,7 @@ def test_labels_can_be_reused_and_added_to(tmp_path, quick):
         ["--labels", "1", "--total-timesteps", "1280"],
         ["--labels", "3", "--total-timesteps", "1280", "--num-envs", "1", "--num-steps", "64"],
         ["--labels", "24", "--query-pool-steps", "240", "--total-timesteps", "2560"],  # no room for a batch
-        ["--labels", "12", "--total-timesteps", "1280", "--env-id", "Swimmer-v4"],  # not the paper's form
+        ["--labels", "12", "--total-timesteps", "1280", "--env-id", "Pusher-v5"],  # not the paper's form
     ],
     ids=["one label", "one environment", "small pool", "another task"],
 )
@@ -368,13 +370,13 @@ def test_a_crash_is_an_exception_and_the_last_checkpoint_goes_on(tmp_path, quick
     whole, update, calls = run(tmp_path / "whole", *FEEDBACK), script.update_reward_model, []
 
     def failing(*args):
-        calls.append(1)
-        if len(calls) == 13:  # right after labels have come
+        calls.append(args[2].count)
+        if len(calls) > 12 and calls[-1] > calls[-2]:  # right after labels have come
             raise ZeroDivisionError
         return update(*args)
 
-    quick.setattr(script, "update_reward_model", failing)
-    with pytest.raises(ZeroDivisionError):
+    with quick.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(script, "update_reward_model", failing)
         run(tmp_path / "cut", *FEEDBACK)
     cut = only(tmp_path / "cut")
     assert not (cut / "summary.json").exists()

@@ -18,7 +18,7 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco")  # <name>_rlhf.py, in the order of the key
 
 # In all scripts, with the same text
 SHARED = """
-    SCRIPT QUERY_BATCH QUERY_CANDIDATES fail Ablation
+    SCRIPT QUERY_BATCH QUERY_CANDIDATES REWARD_MINIBATCHES fail Ablation
     derive_seed
     layer_init
     sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement

@@ -17,7 +17,7 @@
     python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
 
 Where this differs from the paper, and why:
-  * PPO instead of A2C: more return per step of the simulator. A sibling with the paper's A2C is to follow.
+  * PPO instead of A2C: more return per step of the simulator. a2c_atari_rlhf.py has the paper's A2C.
   * 10M agent steps instead of 50M; labels per run are the paper's, so they come five times as densely.
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).

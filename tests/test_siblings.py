@@ -3,8 +3,7 @@
 Every name that a script defines at its top level is listed below, by the scripts that have it and by whose text is
 whose. "a = b" is the same text in both, "a | b" is two texts. A name that is not listed, or listed wrongly, fails.
 
-To add a third script, put it into SCRIPTS and run this file: what fails says where each name goes, for instance
-"ppo_atari = a2c_atari | ppo_mujoco" under DIFFERENT, or "ppo_atari = a2c_atari" under ONLY.
+To add a script, put it into SCRIPTS and run this file: what fails says where each name goes.
 """
 
 import ast
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo_atari", "ppo_mujoco")  # <name>_rlhf.py, in the order of the keys below
+SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 
 # In all scripts, with the same text
 SHARED = """
@@ -23,30 +22,36 @@ SHARED = """
     layer_init
     sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement
     bootstrap_weights teacher_answers label_schedule label_shapes Preferences read_shards
-    compute_gae policy_loss minibatch_loss
-    update_policy decisive_sums held_out adapt_l2 pretrain labels_due select_pairs
+    compute_gae minibatch_loss
+    decisive_sums held_out adapt_l2 pretrain labels_due select_pairs
     git_commit make_run_dir read_run write_checkpoint read_checkpoint params_sha256 draw_episode reward_correlation
 """
 
 # In all scripts, with more than one text
 DIFFERENT = {
-    "ppo_atari | ppo_mujoco": """
-        PACKAGES
-        Args check_values check_args resolve_hardware parse_args
+    "ppo_atari | ppo_mujoco | a2c_atari": """
+        Args check_values check_args
+        train
+    """,
+    "ppo_atari = ppo_mujoco | a2c_atari": """
+        policy_loss update_policy
+    """,
+    "ppo_atari = a2c_atari | ppo_mujoco": """
+        PACKAGES resolve_hardware parse_args
         make_envs
         Agent
         RewardEnsemble
         clip_shapes model_inputs SegmentPool
         update_reward_model
         Progress load_reward_model evaluate evaluate_run
-        train
     """,
 }
 
 # Not in all scripts
 ONLY = {
-    "ppo_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout",
+    "ppo_atari = a2c_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout",
     "ppo_mujoco": "SEGMENT_LENGTH EPISODE_LENGTH make_task paper_reward FixedLength make_twin",
+    "a2c_atari": "RMSpropTF",
 }
 
 

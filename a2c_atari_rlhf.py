@@ -1,0 +1,1630 @@
+"""A2C on Atari, as in the paper, paid by a reward model that is learned from comparisons of short clips.
+
+"Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, in one file:
+
+    label L(0) pairs of segments from the untrained policy, fit the ensemble to them
+    for each iteration
+        roll the policy out                                   the agent never sees env_rewards, score, lives, ends
+        pred_rewards  = the ensemble's, normalised, averaged  one model, one batch, just before the advantages
+        advantages, returns = compute_gae(pred_rewards, values, ...)
+        update_policy
+        when enough labels are due: ask about the most disputed pairs of segments from the recent pool
+        store each answer with a copy of its clips
+        update_reward_model on minibatches from the label window, then renew its statistics
+
+    python a2c_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
+    python a2c_atari_rlhf.py --oracle --labels 5500       # Pong, the paper's 50M steps: days on two CPU cores
+    python a2c_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
+
+Where this differs from the paper, and why:
+  * RMSProp in TensorFlow's form, not "Adam with alpha 0.99 and epsilon 1e-5": that is RMSProp's alpha, and RMSProp is
+    what the baselines' A2C of that time had, whose every other setting the paper lists.
+  * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
+  * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
+  * Dropout after the last two of the four convolutions only: with it after all four, the held-out loss of a model that
+    sees each label a few times only falls more slowly, and drawing it costs a CPU a third more time.
+  * Lives are hidden besides the score: a falling counter tells of the ends that the paper hides.
+"""
+
+import ctypes
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+SCRIPT = Path(__file__).stem
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions a run records
+QUERY_BATCH = 16  # ask as soon as so many labels are due
+QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
+REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
+
+
+def fail(message: str):
+    """End on bad input: one sentence on stderr, exit code 2."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+Ablation = Literal[
+    "none", "random-queries", "no-ensemble", "no-online-queries", "no-regularization", "no-segments", "target"
+]
+
+
+@dataclass
+class Args:
+    # Run
+    oracle: bool = False
+    """reward learned from a synthetic oracle's answers (one of --oracle, --human, --true-reward is needed)"""
+    human: bool = False
+    """reward learned from people's answers"""
+    true_reward: bool = False
+    """no reward learning: the baseline, paid by the clipped score"""
+    seed: int = 1
+    """seed of everything: two runs with the same arguments end in the same parameters (on a CPU)"""
+    total_timesteps: int = 50_000_000
+    """agent steps (4 emulator frames each) over all environments; rounded up to whole rollouts"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", …; auto takes a GPU where there is one"""
+    torch_threads: int | None = None
+    """threads of PyTorch on the CPU; default: as many as this process may use"""
+    env_threads: int | None = None
+    """threads of the emulator; default: as many as this process may use"""
+    bf16: bool = True
+    """convolutions in bfloat16 (heads and losses stay in float32) where the hardware has it"""
+    compile: bool = False
+    """compile the policy's minibatch loss with torch.compile; gained nothing on the CPUs that it was tried on"""
+    runs_dir: str = "runs"
+    """where the run's own directory is made"""
+    resume: str | None = None
+    """continue the run in this directory, with that run's arguments; exact to the bit on a CPU"""
+    evaluate: str | None = None
+    """no training: score, video and predicted-against-true figure of the run in this directory"""
+    random: bool = False
+    """with --evaluate: score the uniformly random policy instead"""
+
+    # Environment
+    env_id: str = "ALE/Pong-v5"
+    """any ALE game"""
+    num_envs: int = 16
+    """environments stepped in parallel"""
+    repeat_action_probability: float = 0.0
+    """sticky actions; 0 as in the paper, 0.25 is ALE's later recommendation"""
+    reset_every: int = 2500
+    """updates after which all environments start anew; a resumed run replays the actions since then"""
+
+    # Policy optimisation (appendix A.2; the last two and max_grad_norm are those of the baselines' A2C of 2017)
+    learning_rate: float = 7e-4
+    """learning rate of the policy's RMSProp"""
+    anneal_lr: bool = True
+    """let that rate fall linearly, to zero at 1.6 times the run's length: 80M steps, of which the paper runs 50M"""
+    num_steps: int = 5
+    """steps per environment in one rollout"""
+    gamma: float = 0.99
+    """discount"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+    rmsprop_alpha: float = 0.99
+    """decay of RMSProp's average of squared gradients"""
+    rmsprop_eps: float = 1e-5
+    """added to that average, inside of the root"""
+
+    # Reward model
+    num_members: int = 3
+    """predictors in the ensemble"""
+    reward_learning_rate: float = 3e-4
+    """learning rate of the ensemble's Adam"""
+    reward_minibatch_size: int = 16
+    """pairs of clips per minibatch of the reward model"""
+    pairs_per_step: float = 0.1
+    """label presentations to the reward model per environment step; 0.02 trains twice as fast on a CPU"""
+    pretrain_pairs: int = 12_000
+    """label presentations before the first policy update, at most (in rounds of 32 minibatches); ends sooner when the
+    held-out loss stops falling"""
+    dropout: float = 0.5
+    """dropout after the third and fourth convolution of the reward model"""
+    l2_coef: float = 1e-4
+    """weight decay to start with; adapted per member so that held-out / training loss stays in [1.1, 1.5]"""
+    label_window: int = 3000
+    """the reward model trains on the newest labels only"""
+    reward_std: float = 0.05
+    """standard deviation of the reward that the policy is paid"""
+    reward_std_floor: float = 0.01
+    """a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise"""
+
+    # Preferences
+    labels: int | None = None
+    """label budget: new labels of this run; 5,500 unless --true-reward"""
+    segment_length: int = 25
+    """steps per clip: 25 are 1.7 seconds at 15 frames per second"""
+    ablation: Ablation = "none"
+    """the paper's ablations"""
+    query_pool_steps: int = 20_000
+    """segments are drawn from the last so many steps"""
+    oracle_clip: bool = True
+    """the oracle sums sign(reward), as the paper's agents are paid; --no-oracle-clip sums the raw score"""
+    oracle_end_penalty: float | None = None
+    """the oracle takes this off for a lost life or a game over; default 1, in Pong 0 (the paper gives no number)"""
+    teacher_beta: float = math.inf
+    """imperfect teacher (B-Pref): answers are drawn from sigmoid(beta * difference)"""
+    teacher_gamma: float = 1.0
+    """imperfect teacher: weight gamma^(L-1-t) on step t, so early steps are forgotten"""
+    teacher_mistake: float = 0.0
+    """imperfect teacher: probability that a decided answer is flipped"""
+    teacher_skip: float = 0.0
+    """imperfect teacher: no answer if both sums lie below this quantile of the last 1,000 sums"""
+    teacher_equal: float = 0.0
+    """imperfect teacher: "equal" if the sums differ by less than this times the std of the last 1,000 sums"""
+    preferences: str | None = None
+    """run directory whose labels this run starts from"""
+    reward_model: str | None = None
+    """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
+
+    # Logging and checkpoints
+    track: bool = False
+    """log to Weights & Biases too (TensorBoard is always written)"""
+    wandb_project_name: str = "rlhf"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B team"""
+    log_every: int = 250
+    """updates between two progress lines"""
+    eval_every: int = 0
+    """updates between two evaluations during training; 0 evaluates at the end only"""
+    eval_episodes: int = 10
+    """episodes per evaluation"""
+    checkpoint_every: int = 2500
+    """updates between two checkpoints"""
+
+    @property
+    def feedback(self) -> str:
+        return "oracle" if self.oracle else "human" if self.human else "true-reward"
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        return math.ceil(self.total_timesteps / self.batch_size)
+
+    @property
+    def clip_length(self) -> int:
+        return 1 if self.ablation == "no-segments" else self.segment_length
+
+    @property
+    def members(self) -> int:
+        return 1 if self.ablation == "no-ensemble" else self.num_members
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows per environment in the query pool: 3 more, since a segment needs the frames before its first stack."""
+        return math.ceil(self.query_pool_steps / self.num_envs) + 3
+
+    @property
+    def initial_labels(self) -> int:
+        if self.ablation == "no-online-queries":
+            return self.labels
+        return 0 if self.preferences or not self.labels else max(1, min(500, self.labels // 4))
+
+    @property
+    def query_limit(self) -> int:
+        """Pairs asked at one occasion at most: so many fill half of the pool, and find room without overlap."""
+        return (self.pool_rows - 3 - self.clip_length) * self.num_envs // (4 * self.clip_length)
+
+
+def check_values(args: Args) -> None:
+    """Refuse numbers out of range and devices that are not there."""
+    probabilities = {"repeat_action_probability", "gamma", "dropout", "rmsprop_alpha"}
+    probabilities |= {"teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and name in probabilities and not 0 <= value <= 1:
+            fail(f"{flag} lies outside [0, 1]")
+        if isinstance(value, float) and (
+            math.isnan(value) or value < 0 or (value == math.inf and name != "teacher_beta")
+        ):
+            fail(f"{flag} must be a number of at least 0")
+        if value == 0 and name in ("learning_rate", "reward_learning_rate", "reward_std", "reward_std_floor"):
+            fail(f"{flag} must be above 0")
+        least = 0 if name in ("seed", "labels", "eval_every") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
+            fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
+    if args.dropout == 1:
+        fail("--dropout 1 leaves nothing")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device} is none of auto, cpu, cuda, cuda:1, ...")
+    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device} is not available here")
+
+
+def check_args(args: Args) -> None:
+    """Refuse what can't be trained, before anything is written, and fill in the defaults that depend on the rest."""
+    if args.oracle + args.human + args.true_reward != 1:
+        fail("give exactly one of --oracle, --human and --true-reward")
+    if args.human:
+        fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
+    if args.random:
+        fail("--random goes with --evaluate")
+    if args.env_id not in gym.registry or not args.env_id.startswith("ALE/"):
+        games = [name for name in gym.registry if name.startswith("ALE/")]
+        near = difflib.get_close_matches(args.env_id, games, 3, 0.4)
+        fail(f"{args.env_id} is not an ALE game; did you mean {' or '.join(near or ['ALE/Pong-v5'])}?")
+    if args.labels is None:
+        args.labels = 0 if args.true_reward else 5500
+    if args.oracle_end_penalty is None:
+        args.oracle_end_penalty = 0.0 if game_name(args.env_id) == "pong" else 1.0
+    check_values(args)
+    teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
+    if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
+        fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
+    learning = (args.labels, args.preferences, args.reward_model, args.ablation, *teacher)
+    if args.true_reward and learning != (0, None, None, "none", math.inf, 1.0, 0.0, 0.0, 0.0):
+        fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
+    if args.reward_model and (args.labels or args.preferences):
+        fail("--reward-model is used as it is: it takes --labels 0 and no --preferences")
+    if not (args.labels or args.true_reward or args.preferences or args.reward_model):
+        fail("--labels 0 leaves nothing to learn from: give --preferences or --reward-model")
+    if args.labels:
+        batch = max(1, min(QUERY_BATCH, args.initial_labels, args.query_limit))  # pairs per initial occasion
+        rows = batch * 4 * args.clip_length / args.num_envs + args.clip_length  # and the fresh rows that it needs
+        initial_updates = math.ceil(args.initial_labels / batch) * math.ceil(rows / args.num_steps)
+        online_updates = args.num_iterations - initial_updates
+        if (
+            args.query_limit < 1
+            or online_updates < 1
+            or args.labels > online_updates * args.query_limit + args.initial_labels
+        ):
+            fail(
+                f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
+                f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
+            )
+    for source in (args.preferences, args.reward_model):
+        if source and read_run(source)["args"]["env_id"] != args.env_id:
+            fail(f"{source} is a run of {read_run(source)['args']['env_id']}, not of {args.env_id}")
+
+
+def resolve_hardware(args: Args) -> None:
+    """Replace "as fits this machine" by what that is, so that args.json and a resumed run name the same numbers."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.torch_threads = args.torch_threads or cores
+    args.env_threads = args.env_threads or cores
+    on_cuda = args.device.startswith("cuda")
+    has_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if on_cuda
+        else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    )
+    args.bf16 &= has_bf16
+    if args.compile and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        print("no C++ compiler found: the policy update runs uncompiled")
+        args.compile = False
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line; W&B sweeps write `--oracle=True`, which tyro spells `--oracle`."""
+    argv = sys.argv[1:] if argv is None else argv
+    spelled = r"^--(?:no-)?([\w-]+)=(True|False)$"
+    argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
+    source = args.resume or args.evaluate
+    if args.resume and args.evaluate:
+        fail("give one of --resume and --evaluate")
+    if not source:
+        check_args(args)
+        return args
+    kept = {"device", "torch_threads", "env_threads", "track", "wandb_project_name", "wandb_entity"}
+    kept |= {"evaluate", "random", "eval_episodes", "seed"} if args.evaluate else {"resume"}
+    if given - kept:
+        flag = min(given - kept).replace("_", "-")
+        fail(f"--{'resume' if args.resume else 'evaluate'} takes its arguments from the run: --{flag} can't be changed")
+    run = read_run(source)
+    if run["script"] != SCRIPT:
+        fail(f"{source} was written by {run['script']}, not by {SCRIPT}")
+    try:
+        saved = Args(**run["args"])
+    except TypeError as error:
+        fail(f"{source} is of another version of {SCRIPT} ({error})")
+    for name in given:
+        setattr(saved, name, getattr(args, name))
+    check_values(saved)
+    return saved
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environment
+# ----------------------------------------------------------------------------------------------------------------------
+# What would give the reward away is painted black: score, lives, level (appendix A.2; Seaquest's oxygen stays).
+# Inclusive rows and columns of the raw 210 x 160 screen, whole bands where digits grow to the left.
+HUD = {
+    "beam_rider": [(10, 28, 0, 159), (32, 39, 20, 30), (183, 189, 32, 45)],
+    "breakout": [(5, 14, 0, 159)],
+    "enduro": [(161, 190, 48, 111)],
+    "pong": [(1, 20, 0, 159)],
+    "qbert": [(6, 12, 0, 70), (16, 27, 33, 48)],
+    "seaquest": [(9, 16, 0, 104), (22, 29, 58, 80)],
+    "space_invaders": [(10, 19, 0, 159)],
+}
+
+
+def game_name(env_id: str) -> str:
+    """ "ALE/SpaceInvaders-v5" -> "space_invaders", the name of the ROM."""
+    return gym.spec(env_id).kwargs["game"]
+
+
+def hud_boxes(env_id: str, height: int = 84, width: int = 84) -> list[tuple[slice, slice]]:
+    """The game's HUD on a screen of this size, rounded outward: a pixel mixed from any HUD pixel is hidden."""
+    return [
+        (
+            slice(math.floor(top * height / 210), math.ceil((bottom + 1) * height / 210)),
+            slice(math.floor(left * width / 160), math.ceil((right + 1) * width / 160)),
+        )
+        for top, bottom, left, right in HUD.get(game_name(env_id), [])
+    ]
+
+
+def observe(stacks: np.ndarray, history: np.ndarray, boxes: list[tuple[slice, slice]]) -> np.ndarray:
+    """What the agent sees of ALE's stacks (N, 4, 84, 84), in place: boxes black, no empty frames after a reset.
+
+    history: (N,), how many frames of the same episode came before the newest one, at most 3. ALE leaves the others of
+    the stack zero. They take the episode's first frame instead, as Gym's FrameStack does: to a reward model that has
+    seen hardly any empty frames they are worth plus or minus ten standard deviations, at every start of a game.
+    """
+    for rows, columns in boxes:
+        stacks[..., rows, columns] = 0
+    for i in np.flatnonzero(history < 3):
+        stacks[i, : 3 - int(history[i])] = stacks[i, 3 - int(history[i])]
+    return stacks
+
+
+def make_envs(args: Args, num_envs: int, **kwargs) -> AtariVectorEnv:
+    """ALE's own vector environment: (N, 4, 84, 84) grey, frameskip 4, maximum of two frames, up to 30 no-ops.
+
+    No reward clipping and no end at a lost life: both are derived from the raw reward and the lives, in `train`.
+    SAME_STEP: every row is a real step (the default inserts one with reward 0 after each end). FIRE is pressed at a
+    reset, not after every lost life as CleanRL does: the agent has the button.
+    """
+    return AtariVectorEnv(
+        game_name(args.env_id),
+        num_envs,
+        num_threads=min(args.env_threads, num_envs),
+        repeat_action_probability=args.repeat_action_probability,
+        reward_clipping=False,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        **kwargs,
+    )
+
+
+def derive_seed(*key: int) -> int:
+    """A 31-bit seed from (run seed, purpose, index): purposes never share a stream."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def oracle_rewards_of(env_rewards, penalised, args: Args) -> np.ndarray:
+    """What the oracle adds up: sign(reward) or the raw reward, less a penalty for each lost life or game over.
+
+    env_rewards, penalised: (T, N); penalised is True where a life or the game was lost, not at time limits.
+    """
+    rewards = np.sign(env_rewards) if args.oracle_clip else env_rewards
+    return (rewards - args.oracle_end_penalty * penalised).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy
+# ----------------------------------------------------------------------------------------------------------------------
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Policy and value on the network of Mnih et al. 2015. x: (B, 4, 84, 84) uint8."""
+
+    def __init__(self, num_actions: int, bf16: bool):
+        super().__init__()
+        self.bf16 = bf16
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), std=1)
+
+    def hidden(self, x):
+        dtype = torch.bfloat16 if self.bf16 else torch.float32  # bfloat16 holds 0...255 exactly
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(x.to(dtype, memory_format=torch.channels_last).div_(255)).float()
+
+    def get_value(self, x):
+        return self.critic(self.hidden(x)).flatten()
+
+    def get_action_and_value(self, x, action=None, generator=None):
+        hidden = self.hidden(x)
+        logprobs = self.actor(hidden).log_softmax(-1)
+        probs = logprobs.exp()
+        if action is None:  # the race of exponential clocks draws from probs; multinomial would wait for the GPU
+            action = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return action, logprob, -(probs * logprobs).sum(-1), self.critic(hidden).flatten()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward model
+# ----------------------------------------------------------------------------------------------------------------------
+class Dropout(nn.Module):
+    """nn.Dropout at a third of its time on a CPU: its Bernoulli numbers took a quarter of a reward-model step."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x * (torch.rand_like(x, dtype=torch.float32) >= self.p) / (1 - self.p) if self.training else x
+
+
+class RewardEnsemble(nn.Module):
+    """All members of the ensemble in one batched pass (sections 2.2.3 and A.2).
+
+    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU, the last
+    two with dropout; then 64 units and one output. The first convolution is dense (all members read the same frames),
+    the others are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
+    """
+
+    def __init__(self, members: int, dropout: float, l2_coef: float, bf16: bool):
+        super().__init__()
+        self.members, self.bf16 = members, bf16
+        layers, channels_in, groups = [], 4, 1
+        for kernel, stride in ((7, 3), (5, 2), (3, 1), (3, 1)):
+            layers += [
+                # no bias: batch norm would take it out again
+                nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
+                nn.BatchNorm2d(16 * members),
+                nn.LeakyReLU(0.01, inplace=True),
+                *([Dropout(dropout)] if kernel == 3 else []),
+            ]
+            channels_in, groups = 16 * members, members
+        self.network = nn.Sequential(*layers)
+        bound = 1 / math.sqrt(16 * 7 * 7)
+        self.hidden_weight = nn.Parameter(torch.empty(members, 16 * 7 * 7, 64).uniform_(-bound, bound))
+        self.hidden_bias = nn.Parameter(torch.zeros(members, 1, 64))
+        self.out_weight = nn.Parameter(torch.empty(members, 64, 1).uniform_(-1 / 8, 1 / 8))
+        # No output bias: a constant cancels in every comparison, and the normaliser takes it out.
+        # Normaliser and the adaptive weight decay are part of the model: saved, restored and frozen with it.
+        self.register_buffer("mean", torch.zeros(members))
+        self.register_buffer("std", torch.ones(members))
+        self.register_buffer("average_std", torch.ones(()))
+        self.register_buffer("renewals", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("l2_coef", torch.full((members,), l2_coef))
+        self.register_buffer("decisive", torch.zeros(2, 3, members))  # running `decisive_sums`
+
+    def forward(self, x):
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            h = self.network(x.to(dtype, memory_format=torch.channels_last).div_(255))
+        h = h.reshape(len(x), self.members, -1).transpose(0, 1).float()  # (M, B, 784)
+        h = F.leaky_relu(torch.baddbmm(self.hidden_bias, h, self.hidden_weight), 0.01)
+        return torch.bmm(h, self.out_weight).squeeze(-1).T
+
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that decay, each (M, ...): neither biases nor batch norm."""
+        convolutions = [layer.weight for layer in self.network if isinstance(layer, nn.Conv2d)]
+        return [weight.reshape(self.members, -1) for weight in (*convolutions, self.hidden_weight, self.out_weight)]
+
+    @torch.no_grad()
+    def score(self, x, batch: int = 512) -> torch.Tensor:
+        """Raw rewards (B, M) in evaluation mode; moves no statistics."""
+        self.eval()
+        return torch.cat([self(part) for part in x.split(batch)])
+
+    def normalise(self, raw, floor: float, reward_std: float) -> torch.Tensor:
+        """(B, M) raw -> (B,) reward: each member normalised, then averaged, then scaled to reward_std (section 2.2.1).
+
+        The average of members that don't agree has less than unit std, 1 / sqrt(M) if they are independent; that much
+        is scaled back up. What is smaller still is the floor's doing: an uninformed model pays little.
+        """
+        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
+
+    @torch.no_grad()
+    def renew_statistics(self, x, floor: float):
+        """Mean and std of each member, and std of their average, over recent rows (B, 4, 84, 84).
+
+        The means are not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update.
+        A mean that lags is an offset in the reward, and GAE turns that into a slope over each rollout.
+        """
+        raw = self.score(x)
+        self.mean.copy_(raw.mean(0))
+        self.std.lerp_(raw.std(0), 0.5 if self.renewals else 1.0)
+        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        self.average_std.lerp_(average.std(), 0.5 if self.renewals else 1.0)
+        self.renewals += 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preferences
+# ----------------------------------------------------------------------------------------------------------------------
+def clip_shapes(length: int) -> dict:
+    """What is kept of a clip of L steps: its frames and the three before them, and each step's history.
+
+    history: how many frames of the same episode lie before a row, at most 3.
+    """
+    return {"frames": ((length + 3, 84, 84), "uint8"), "history": ((length,), "uint8")}
+
+
+def model_inputs(clips: dict) -> torch.Tensor:
+    """n clips -> what the reward model reads of their rows, (n L, 4, 84, 84): the stacks that `observe` gave.
+
+    What lies before a reset is replaced by the episode's first frame: an unfold alone would show the last episode's
+    frames there.
+    """
+    frames, history = clips["frames"], clips["history"]
+    n, length = history.shape
+    age = torch.arange(3, -1, -1, device=frames.device)  # of the four frames in a stack, newest last
+    rows = torch.arange(3, length + 3, device=frames.device)[:, None] - torch.minimum(age, history.unsqueeze(-1).long())
+    return frames[torch.arange(n, device=frames.device)[:, None, None], rows].flatten(0, 1)
+
+
+class SegmentPool:
+    """The last rows of every environment's stream, from which segments are drawn. Row numbers count from the start
+    of the run; a row lies at its number modulo the pool's size. Of o_t, the newest frame is kept."""
+
+    def __init__(self, rows: int, num_envs: int, device):
+        self.rows, self.count = rows, 0  # capacity, and rows since the start of the run, per environment
+        self.streams = {
+            "frames": torch.zeros(rows, num_envs, 84, 84, dtype=torch.uint8, device=device),
+            "history": torch.zeros(rows, num_envs, dtype=torch.uint8, device=device),
+            "oracle_rewards": torch.zeros(rows, num_envs, device=device),
+            "pred_rewards": torch.zeros(rows, num_envs, device=device),
+        }
+
+    def add(self, **streams):
+        """Append a rollout: (T, N, ...) of every stream. Only the newest rows fit."""
+        for name, stream in self.streams.items():
+            new = torch.as_tensor(streams[name])
+            at = (torch.arange(len(new), device=stream.device) + self.count)[-self.rows :] % self.rows
+            stream[at] = new[-self.rows :].to(stream)
+        self.count += len(new)
+
+    def first_start(self) -> int:
+        """The oldest row whose stack can still be built: the three frames before it are there, or never existed."""
+        return max(0, self.count - self.rows + 3)
+
+    def gather(self, name: str, starts: np.ndarray, first: int, last: int) -> torch.Tensor:
+        """Rows start+first ... start+last-1 of a stream. starts: (n, 2) of (environment, row)."""
+        stream = self.streams[name]
+        envs, rows = torch.as_tensor(starts, device=stream.device).unbind(1)
+        return stream[(rows[:, None] + torch.arange(first, last, device=stream.device)) % self.rows, envs[:, None]]
+
+    def clips(self, starts: np.ndarray, length: int) -> dict:
+        """Copies of the segments at starts, (n, ...) as in `clip_shapes`."""
+        return {
+            "frames": self.gather("frames", starts, -3, length),
+            "history": self.gather("history", starts, 0, length),
+        }
+
+
+def sample_pairs(rng, num: int, first: int, last: int, num_envs: int) -> np.ndarray:
+    """Pairs of segments, (num, 2, 2) of (environment, start row); every start in first...last is equally likely."""
+    envs = rng.integers(num_envs, size=(num, 2))
+    return np.stack([envs, rng.integers(first, last + 1, size=(num, 2))], -1)
+
+
+def take_disjoint(pairs: np.ndarray, num: int, length: int) -> np.ndarray:
+    """The first num pairs of which no row is used twice, neither within a pair nor between pairs; (<= num, 2, 2)."""
+    chosen, taken = [], set()
+    for pair in pairs.tolist():
+        rows = {(env, start + t) for env, start in pair for t in range(length)}
+        if len(chosen) < num and len(rows) == 2 * length and not rows & taken:
+            chosen.append(pair)
+            taken |= rows
+    return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
+
+
+def preference_probability(difference):
+    """P[clip 0 preferred] of Bradley-Terry with 10 % uniformly random answers: 0.9 sigma + 0.05 (section 2.2.3)."""
+    return 0.9 * torch.sigmoid(difference) + 0.05
+
+
+def preference_loss(difference, mu):
+    """Cross-entropy of the answers. difference: (B, M) of predicted segment sums; mu: (B,), ties 1/2. Out: (B, M).
+
+    Stable for any difference: the logarithms' arguments are at least 0.05, and a confidently contradicted label has
+    gradient 0 where plain Bradley-Terry has 1.
+    """
+    mu = mu.unsqueeze(-1)
+    return -mu * preference_probability(difference).log() - (1 - mu) * preference_probability(-difference).log()
+
+
+def target_loss(sums, returns):
+    """Ablation `target`: both clips' sums regressed on the true ones, standardised. (B, 2, M), (B, 2) -> (B, M)."""
+    return (sums - returns.unsqueeze(-1)).square().mean(1)
+
+
+def label_losses(sums, mu, returns, ablation: str):
+    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); returns: (B, 2)."""
+    return target_loss(sums, returns) if ablation == "target" else preference_loss(sums[:, 0] - sums[:, 1], mu)
+
+
+def disagreement(sums, ablation: str):
+    """Variance over members of the predicted preference, or difference for `target`; (B, 2, M) -> (B,)."""
+    difference = sums[:, 0] - sums[:, 1]
+    return (difference if ablation == "target" else preference_probability(difference)).var(-1, correction=0)
+
+
+def bootstrap_weights(label_ids, members: int) -> np.ndarray:
+    """Poisson(1) weight of each label for each member, (n, M): the bootstrap of a set that still grows.
+
+    Depends on nothing but (label, member). Weight 0, of probability 1/e, holds the label out for that member for
+    ever (section 2.2.3), whether it is saved, loaded or leaves the window.
+    """
+    draws = [[np.random.default_rng((i, m)).poisson(1.0) for m in range(members)] for i in label_ids]
+    return np.array(draws, dtype=np.float32).reshape(-1, members)
+
+
+def teacher_answers(rng, rewards, recent_sums, args: Args):
+    """Answers of the oracle, or of an imperfect teacher after B-Pref (Lee et al. 2021).
+
+    rewards: (n, 2, L), what the oracle adds up. recent_sums: the last 1,000 segment sums. Out: mu (n,), the
+    probability that clip 0 is preferred: 1, 0 or 1/2 for "equal"; and skipped (n,). Equal (weighted) sums are ties.
+    B-Pref's thresholds are a share of the mean return, which turns around where rewards are negative; here `equal`
+    is a share of the sums' standard deviation, and `skip` is a quantile of the sums.
+    """
+    sums = rewards.sum(-1)
+    weighted = rewards * args.teacher_gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
+    difference = np.round(weighted[:, 0].sum(-1) - weighted[:, 1].sum(-1), 5)  # 0.9 and 1 - 0.1 are the same
+    if math.isinf(args.teacher_beta):
+        prefers_first = difference > 0
+    else:
+        p = 0.5 * (1 + np.tanh(0.5 * args.teacher_beta * difference))  # sigmoid that can't overflow
+        prefers_first = rng.random(len(sums)) < p
+    mu = np.where(difference == 0, 0.5, prefers_first)
+    flipped = rng.random(len(sums)) < args.teacher_mistake
+    mu = np.where(flipped, 1 - mu, mu)
+    if len(recent_sums):
+        mu = np.where(np.abs(sums[:, 0] - sums[:, 1]) < args.teacher_equal * np.std(recent_sums), 0.5, mu)
+        skipped = (sums < np.quantile(recent_sums, args.teacher_skip)).all(1) & (args.teacher_skip > 0)
+    else:
+        skipped = np.zeros(len(sums), dtype=bool)
+    return mu.astype(np.float32), skipped
+
+
+def label_schedule(step: int, total_steps: int, initial: int, budget: int) -> int:
+    """Labels due after `step` environment steps: the rate falls like 1 / (T + tau), tau = total / 10 (A.1, A.2)."""
+    return int(initial + (budget - initial) * math.log1p(10 * step / total_steps) / math.log(11) + 1e-6)
+
+
+def label_shapes(clips: dict) -> dict:
+    """A label: two clips, answer mu, the oracle's two sums, and (environment, row) of both in the run that asked."""
+    of_clips = {name: ((2, *shape), dtype) for name, (shape, dtype) in clips.items()}
+    return of_clips | {"mu": ((), "float32"), "returns": ((2,), "float32"), "segments": ((2, 2), "int64")}
+
+
+class Preferences:
+    """The newest labels, each with copies of its two clips, and the files that hold all labels ever given.
+
+    A shard preferences/<first label>.npz is written once, when its answers come in, and never changed: the arrays of
+    `label_shapes`, (n, ...) each. `count` labels were added so far; label i has id i, and lies at i % capacity here.
+    """
+
+    def __init__(self, folder: Path, capacity: int, clips: dict, members: int, device):
+        self.folder, self.capacity, self.members, self.clips, self.count = folder, capacity, members, clips, 0
+        self.arrays = {
+            name: torch.as_tensor(np.empty((capacity, *shape), dtype), device=device)
+            for name, (shape, dtype) in label_shapes(clips).items()
+        }
+        self.weights = torch.empty(capacity, members, device=device)
+
+    def __len__(self):
+        return min(self.count, self.capacity)
+
+    def save(self, **arrays):
+        """Write a shard: beside, flushed, then renamed, so that a name stands for whole content."""
+        path = self.folder / f"{self.count:08d}.npz"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def add(self, answers: dict, save: bool = True):
+        """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
+        n = len(answers["mu"])
+        if save and n:
+            self.save(**answers)
+        ids = np.arange(self.count, self.count + n)[-self.capacity :]
+        at = torch.as_tensor(ids % self.capacity, device=self.weights.device)
+        for name, array in self.arrays.items():
+            array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
+        self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
+        self.count += n
+
+    def restore(self, count: int):
+        """Read the first `count` labels back from the disk, then remove later ones: they were written after the
+        checkpoint that is gone on from, and the same answers will come again."""
+        for answers in read_shards(self.folder, self.clips, count):
+            self.add(answers, save=False)
+        if self.count != count:
+            fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
+        for path in self.folder.iterdir():
+            if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= count):
+                path.unlink()
+
+    def asked(self, pairs: np.ndarray) -> np.ndarray:
+        """(n,) True where this pair of segments, in either order, is in the window already."""
+        known = {frozenset(map(tuple, pair)) for pair in self.arrays["segments"][: len(self)].tolist()}
+        return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
+
+    def batch(self, at):
+        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights.
+
+        The returns are standardised over the window: the scale of what is fitted to them is free, and their mean, for
+        which the ensemble has no bias, is the same constant in every step.
+        """
+        at = torch.as_tensor(at, device=self.weights.device)
+        clips = {name: self.arrays[name][at].flatten(0, 1) for name in self.clips}
+        returns = self.arrays["returns"][: len(self)]
+        returns = (self.arrays["returns"][at] - returns.mean()) / returns.std().clamp(min=1e-6)
+        return model_inputs(clips), self.arrays["mu"][at], returns, self.weights[at]
+
+
+def read_shards(folder: Path, clips: dict, until: float = math.inf):
+    """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit."""
+    shapes = label_shapes(clips)
+    for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
+        try:
+            with np.load(path, allow_pickle=False) as shard:
+                arrays = {name: shard[name] for name in shapes}
+        except Exception as error:
+            fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
+        if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, (shape, _) in shapes.items()):
+            fail(f"{path} holds other clips than this run's: {clips}")
+        yield arrays
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy maths
+# ----------------------------------------------------------------------------------------------------------------------
+def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
+    """Generalized advantage estimation; all (T, N).
+
+    next_values[t]: value of the state that row t led to; the caller puts 0 after a true end and V(final_obs) at a
+    time limit. dones[t]: 1 where row t is the last of its episode; the trace stops there. Out: advantages, returns.
+    """
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.empty_like(deltas)
+    lastgaelam = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = lastgaelam = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+    return advantages, advantages + values
+
+
+def policy_loss(newlogprob, entropy, newvalue, advantages, returns, args: Args):
+    """A2C's loss on a rollout; all (B,). Out: the loss, and a dict of tensors to log."""
+    pg_loss = -(advantages * newlogprob).mean()
+    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
+    entropy_loss = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    return loss, {"policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
+
+
+def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
+    """Forward pass and loss of one minibatch, apart from `update_policy` so that it can be compiled."""
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+    return policy_loss(newlogprob, entropy, newvalue, *rest, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Updates
+# ----------------------------------------------------------------------------------------------------------------------
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow had it: epsilon inside of the root, and an average that begins with ones, not zeros.
+
+    PyTorch's own takes steps of up to 1 / sqrt(1 - alpha) = 10 times the learning rate at the start.
+    """
+
+    def __init__(self, params, lr: float, alpha: float, eps: float):
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["square_avg"] = torch.ones_like(param)
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for param in group["params"]:
+            square_avg = self.state[param]["square_avg"]
+            square_avg.lerp_(param.grad.square(), 1 - group["alpha"])
+            param.addcdiv_(param.grad, (square_avg + group["eps"]).sqrt_(), value=-group["lr"])
+
+
+def update_policy(agent, optimizer, loss_function, b_obs, b_actions, b_advantages, b_returns, args: Args) -> dict:
+    """One step on a rollout, flattened to (T N, ...). Out: what was logged, as tensors."""
+    loss, info = loss_function(agent, args, b_obs, b_actions, b_advantages, b_returns)
+    optimizer.zero_grad()
+    loss.backward()
+    info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return info | {"explained_variance": 1 - b_advantages.var() / b_returns.var()}
+
+
+@torch.no_grad()
+def decisive_sums(ensemble: RewardEnsemble, preferences: Preferences, at, args: Args) -> torch.Tensor:
+    """Over the decisive labels at these places: summed loss, right answers and labels, (2, 3, M).
+
+    [0] over the labels held out for a member, [1] over those it is fitted to. Evaluation mode. Ties are left out:
+    they put ln 2 into both and hide that a member learns its labels by heart.
+    """
+    stacks, mu, returns, weights = preferences.batch(at)
+    sums = ensemble.score(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+    losses = label_losses(sums, mu, returns, args.ablation)
+    right = ((sums[:, 0] > sums[:, 1]) == (mu > 0.5).unsqueeze(-1)).float()
+    decisive = (mu != 0.5).unsqueeze(-1)
+    masks = torch.stack([(weights == 0) & decisive, (weights > 0) & decisive])  # (2, B, M)
+    return (torch.stack([losses, right, torch.ones_like(losses)]) * masks.unsqueeze(1)).sum(2)
+
+
+def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> tuple[float, float]:
+    """Loss and accuracy on the window's decisive labels, each member on those held out for it; mean over members."""
+    parts = torch.arange(len(preferences)).split(args.reward_minibatch_size)
+    loss, right, labels = sum(decisive_sums(ensemble, preferences, at, args) for at in parts)[0]
+    return (loss / labels).nanmean().item(), (right / labels).nanmean().item()
+
+
+def adapt_l2(ensemble: RewardEnsemble) -> None:
+    """Move each member's weight decay so that held-out / training loss stays in [1.1, 1.5] (section 2.2.3).
+
+    A step is 5 %. The paper gives neither step nor start; the bounds keep the way back short where there was nothing
+    to learn for long.
+    """
+    (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
+    ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
+    factor = torch.where(ratio > 1.5, 1.05, torch.where(ratio < 1.1, 1 / 1.05, 1.0))
+    ensemble.l2_coef.mul_(factor).clamp_(1e-6, 1e-1)
+
+
+def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng, args: Args) -> dict:
+    """Train on minibatches drawn from the label window. Out: means of what was logged, as tensors.
+
+    Member losses are summed, each normalised by its own weights: with their mean, Adam aside, every member would
+    learn at a third of the rate. Both clips of a pair are in one batch, so batch norm can't tell them apart.
+    """
+    logged = []
+    for minibatch in range(minibatches):
+        at = rng.integers(len(preferences), size=args.reward_minibatch_size)
+        stacks, mu, returns, weights = preferences.batch(at)
+        ensemble.train()
+        sums = ensemble(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+        losses = label_losses(sums, mu, returns, args.ablation)
+        loss = ((losses * weights).sum(0) / weights.sum(0).clamp(min=1)).sum()
+        decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
+        optimizer.zero_grad()
+        (loss + (ensemble.l2_coef * decay).sum()).backward()
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in ensemble.parameters()])
+        optimizer.step()
+        logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
+        if minibatch % 4 == 0:
+            at = rng.integers(len(preferences), size=args.reward_minibatch_size)
+            ensemble.decisive.mul_(0.98).add_(decisive_sums(ensemble, preferences, at, args))  # the last few hundred
+            if args.ablation != "no-regularization":
+                adapt_l2(ensemble)
+    (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
+    mean_loss, mean_grad_norm = torch.stack(logged).mean(0)
+    return {
+        "loss": mean_loss,
+        "grad_norm": mean_grad_norm,
+        "loss_heldout": (held_out_loss / held_out_labels).mean(),
+        "loss_train": (train_loss / train_labels).mean(),
+        "accuracy_heldout": (held_out_right / held_out_labels).mean(),
+        "l2_coef": ensemble.l2_coef.mean(),
+    }
+
+
+def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
+    """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
+    best, stale, presented = math.inf, 0, 0
+    while stale < 4 and presented < args.pretrain_pairs:
+        update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
+        presented += 32 * args.reward_minibatch_size
+        loss, accuracy = held_out(ensemble, preferences, args)
+        print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        best, stale = (loss, 0) if loss < best else (best, stale + 1)
+
+
+def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int, int]:
+    """How many labels to ask for now, and the first row that their segments may come from.
+
+    While initial labels are missing, segments come from fresh rows only, twice as many as they fill, so that they
+    hardly overlap with earlier ones. 0 until a batch is due, but for what is left at the last update.
+    """
+    missing = args.initial_labels - progress.labels_used
+    if missing > 0:
+        wanted, first = missing, max(pool.first_start(), progress.fresh_from)
+        enough = min(QUERY_BATCH, args.query_limit, missing)
+    else:
+        steps = progress.global_step - progress.paid_from  # the paper's clock starts with the policy's training
+        left = args.num_iterations * args.batch_size - progress.paid_from
+        scheduled = label_schedule(steps, left, args.initial_labels, args.labels)
+        wanted, first = scheduled - progress.labels_used, pool.first_start()
+        enough = 1 if last else min(QUERY_BATCH, args.query_limit)
+    room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
+    due = min(wanted, room)
+    return (due if due >= enough else 0), first
+
+
+def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
+    """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
+
+    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. All
+    pairs are equally likely, but where they must be scored, a segment stands in four of them: a quarter of the work.
+    """
+    length, uses = args.clip_length, 1 if ensemble is None else 4
+    starts = sample_pairs(rng, math.ceil(QUERY_CANDIDATES * num / uses), first, pool.count - length, args.num_envs)
+    starts = starts.reshape(-1, 2)
+    order = np.concatenate([rng.permutation(len(starts)) for _ in range(uses)]).reshape(-1, 2)  # into `starts`
+    order = order[~preferences.asked(starts[order])]
+    if ensemble is not None and len(order):
+        parts = np.array_split(starts, math.ceil(len(starts) / 32))
+        raw = torch.cat([ensemble.score(model_inputs(pool.clips(part, length))) for part in parts])
+        sums = raw.view(len(starts), length, -1).sum(1)[torch.as_tensor(order, device=raw.device)]
+        order = order[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
+    return take_disjoint(starts[order], num, length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run state
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """What a run counts; saved in every checkpoint."""
+
+    iteration: int = 0  # updates done
+    global_step: int = 0
+    labels_used: int = 0  # answers stored, ties included
+    labels_loaded: int = 0
+    asked: int = 0
+    skipped: int = 0
+    ties: int = 0
+    fresh_from: int = 0  # first row of the streams that no initial pair could have come from yet
+    paid_from: int = -1  # global_step at which the predictor began to pay the policy; -1: not yet
+    pairs_presented: int = 0  # since then
+    true_reward_var: float = 0.0  # running variance of the clipped score, for --true-reward
+    wall_seconds: float = 0.0
+    timed_steps: int = 0  # steps and seconds of updates that trained the policy, without compilation and evaluation
+    timed_seconds: float = 0.0
+    recent_sums: list[float] = field(default_factory=list)  # oracle's, of the last 1,000 segments asked about
+    recent_returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
+    policy_log: dict = field(default_factory=dict)  # of the last update of each model
+    reward_log: dict = field(default_factory=dict)
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with a "+" where this file differs from it; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", __file__]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed else "")
+
+
+def make_run_dir(args: Args) -> Path:
+    """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
+    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
+    run = {
+        "script": SCRIPT,
+        "args": asdict(args),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": git_commit(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
+    }
+    for attempt in itertools.count(2):  # two agents of a sweep may start in the same second
+        run_dir = Path(args.runs_dir) / (name if attempt == 2 else f"{name}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "preferences").mkdir()
+            (run_dir / "args.json").write_text(json.dumps(run, indent=2))
+            return run_dir
+        except FileExistsError:
+            continue
+        except OSError as error:
+            fail(f"can't write to {run_dir}: {error.strerror}")
+
+
+def read_run(run_dir: str) -> dict:
+    """A run directory's args.json; ends with exit code 2 if it is missing or broken."""
+    try:
+        run = json.loads((Path(run_dir) / "args.json").read_text())
+        _ = run["script"], run["commit"], run["args"]["env_id"]
+        return run
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
+
+
+def write_checkpoint(run_dir: Path, state: dict) -> None:
+    """Write beside, flush, rename: a crash or a full disk leaves the last checkpoint as it was."""
+    try:
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    finally:
+        (run_dir / "checkpoint.tmp").unlink(missing_ok=True)
+
+
+def read_checkpoint(run_dir: str) -> dict:
+    """checkpoint.pt (tensors, numbers and strings only: nothing in it can run code), on the CPU."""
+    try:
+        return torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{run_dir} has no checkpoint.pt yet")
+    except Exception as error:  # a truncated file fails in as many ways as it has bytes
+        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
+
+
+def load_reward_model(run_dir: str, checkpoint: dict, args: Args) -> RewardEnsemble:
+    """The learned reward of a run, normaliser included."""
+    state = checkpoint["ensemble"]
+    if not state or not state["renewals"]:
+        fail(f"{run_dir} has learned no reward model")
+    ensemble = RewardEnsemble(len(state["mean"]), args.dropout, args.l2_coef, args.bf16)
+    ensemble.load_state_dict(state)
+    return ensemble.to(args.device, memory_format=torch.channels_last)
+
+
+def params_sha256(*modules: nn.Module) -> str:
+    """Hash of all parameters and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, seed: int, record: int = 0) -> dict:
+    """Play args.eval_episodes episodes, one per environment, with sampled actions, for the true, unclipped score.
+
+    Own environments and generators: training is not moved by it. agent None plays at random. Of environment 0, the
+    first `record` steps come back too: screens of a twin with the same seed and actions, as (step, RGB), and
+    env_rewards and pred_rewards.
+    """
+    envs = make_envs(args, args.eval_episodes)
+    twin = make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
+    boxes, num_actions = hud_boxes(args.env_id), int(envs.single_action_space.n)
+    generator = torch.Generator(args.device).manual_seed(derive_seed(seed, 1))
+    frames, screen = envs.reset(seed=seed)[0], twin.reset(seed=seed)[0]
+    playing, returns = np.ones(args.eval_episodes, dtype=bool), np.zeros(args.eval_episodes)
+    history = np.zeros(args.eval_episodes)
+    stacks, screens, env_rewards = [], [], []
+    while playing.any():
+        obs = torch.as_tensor(observe(frames, history, boxes), device=args.device)
+        if agent is None:
+            action = torch.randint(num_actions, (len(obs),), device=args.device, generator=generator)
+        else:
+            action = agent.get_action_and_value(obs, generator=generator)[0]
+        action = action.cpu().numpy()
+        frames, rewards, terminated, truncated, _ = envs.step(action)
+        returns += rewards * playing
+        history += 1  # no reset matters here: an environment is done after one episode
+        if playing[0] and len(screens) < record:
+            stacks.append(obs[0].clone())
+            screens.append((len(screens), screen[0, 0]))
+            env_rewards.append(float(rewards[0]))
+            screen = twin.step(action[:1])[0]
+        playing &= ~(terminated | truncated)
+    pred_rewards = []
+    if ensemble is not None and stacks:
+        raw = ensemble.score(torch.stack(stacks))
+        pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
+    return {
+        "returns": returns, "screens": screens, "fps": 15.0, "env_rewards": env_rewards, "pred_rewards": pred_rewards,
+    }  # fmt: skip
+
+
+def draw_episode(result: dict, folder: Path, title: str) -> None:
+    """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
+    import cv2
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    series = {"true": np.array(result["env_rewards"])}
+    if result["pred_rewards"]:
+        series = {"predicted": np.array(result["pred_rewards"])} | series
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(len(series), 1, figsize=(9, 5), sharex=True, squeeze=False, layout="constrained")
+    for ax, (name, values) in zip(axes[:, 0], series.items(), strict=True):
+        ax.plot(values, linewidth=0.8)
+        ax.set_ylabel(f"{name} reward")
+    axes[0, 0].set_title(title)
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(folder / "episode.png", dpi=120)
+    plt.close(figure)
+
+    if not result["screens"]:
+        return
+    # Left half: the game. Right half: the last 100 steps of each reward, zero in the middle of its box.
+    with open(os.devnull, "w") as null:  # OpenCV's remark on the codec's tag goes to file descriptor 2
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        codec = cv2.VideoWriter_fourcc(*"VP80")
+        writer = cv2.VideoWriter(str(folder / "episode.webm"), codec, result["fps"], (640, 420))
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    for t, screen in result["screens"]:
+        canvas = np.full((420, 640, 3), 24, np.uint8)
+        canvas[:, :320] = cv2.resize(screen[..., ::-1], (320, 420), interpolation=cv2.INTER_NEAREST)
+        for row, (name, values) in enumerate(series.items()):
+            zero, colour = 120 + 200 * row, [(255, 160, 60), (60, 160, 255)][row]
+            window = values[max(0, t - 99) : t + 1]
+            points = np.stack(
+                [340 + 2.8 * np.arange(len(window)), zero - 75 * window / max(np.abs(values).max(), 1e-6)], 1
+            )
+            cv2.line(canvas, (340, zero), (620, zero), (80, 80, 80), 1)
+            cv2.polylines(canvas, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
+            text = f"{name} reward {values[t]:+.3f}"
+            cv2.putText(canvas, text, (340, zero - 85), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
+        writer.write(canvas)
+    writer.release()
+
+
+def evaluate_run(args: Args) -> dict:
+    """--evaluate: score, figure and video of a run's policy, or of the random policy, into the run's directory."""
+    run_dir, checkpoint = Path(args.evaluate), read_checkpoint(args.evaluate)
+    resolve_hardware(args)
+    torch.set_num_threads(args.torch_threads)
+    agent = None
+    if not args.random:
+        agent = Agent(len(checkpoint["agent"]["actor.bias"]), args.bf16)
+        agent.load_state_dict(checkpoint["agent"])
+        agent.to(args.device, memory_format=torch.channels_last)
+    learned = checkpoint["ensemble"] and checkpoint["ensemble"]["renewals"]
+    ensemble = load_reward_model(args.evaluate, checkpoint, args) if learned else None
+    result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
+    folder, returns = run_dir / ("random" if args.random else "evaluation"), result["returns"]
+    draw_episode(result, folder, f"{args.env_id}, {folder.name} of {run_dir.name}")
+    row = {
+        "script": SCRIPT,
+        "env_id": args.env_id,
+        "feedback": "random" if args.random else args.feedback,
+        "seed": args.seed,
+        "global_step": 0 if args.random else checkpoint["progress"]["global_step"],
+        "final_return_mean": float(returns.mean()),
+        "final_return_std": float(returns.std()),
+        "final_episodes": len(returns),
+        "commit": git_commit(),
+    }
+    (folder / "summary.json").write_text(json.dumps(row, indent=2))
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes; see {folder}")
+    return row
+
+
+def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
+    """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
+    if pool.count - args.clip_length < pool.first_start():
+        return math.nan
+    rng = np.random.default_rng(seed)  # of its own: logging does not move training
+    starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
+    sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
+    return torch.corrcoef(torch.stack(sums))[0, 1].item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Train (or resume, or evaluate) as args say; returns what summary.json holds."""
+    if args.evaluate:
+        return evaluate_run(args)
+
+    # 1. Read whatever may be refused, before anything is written
+    recorded = {name: getattr(args, name) for name in ("device", "torch_threads", "bf16", "compile")}
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    resolve_hardware(args)
+    if checkpoint:
+        if (args.bf16, args.compile) != (recorded["bf16"], recorded["compile"]):
+            fail(f"{args.resume} ran with bfloat16 {recorded['bf16']} and compilation {recorded['compile']}: not here")
+        if [args.device, args.torch_threads] != checkpoint["hardware"]:
+            print(f"the checkpoint is of {checkpoint['hardware']}: going on elsewhere is not exact to the bit")
+    learns_reward = not args.true_reward and not args.reward_model
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
+    ensemble = None
+    if args.reward_model:
+        ensemble = load_reward_model(args.reward_model, checkpoint or read_checkpoint(args.reward_model), args)
+        progress.paid_from = 0
+    shards, clips = Path(args.preferences or "") / "preferences", clip_shapes(args.clip_length)
+    if args.preferences and not checkpoint:
+        progress.labels_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, clips))
+        if not progress.labels_loaded:
+            fail(f"{args.preferences} has no labels")
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+
+    # 2. Hardware and seeds
+    device = torch.device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    if sys.platform == "linux":  # glibc maps and unmaps every buffer over 32 MB: 40 % of a reward-model step
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)  # initial parameters and dropout; all else has a generator of its own
+    names = ("query", "teacher", "reward")
+    rngs = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(names)}
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 10))  # actions
+
+    # 3. Environments, policy, reward model, preferences
+    envs, boxes = make_envs(args, args.num_envs), hud_boxes(args.env_id)
+    if not boxes:
+        print(f"{args.env_id}: nothing on the screen is hidden, since where its score stands is not known")
+    agent = Agent(int(envs.single_action_space.n), args.bf16).to(device, memory_format=torch.channels_last)
+    optimizer = RMSpropTF(agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+    modules = {"agent": agent, "optimizer": optimizer}
+    pool = None if args.true_reward else SegmentPool(args.pool_rows, args.num_envs, device)
+    if learns_reward:
+        l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
+        ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
+        ensemble = ensemble.to(device, memory_format=torch.channels_last)
+        reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
+        modules |= {"ensemble": ensemble, "reward_optimizer": reward_optimizer}
+        capacity = progress.labels_loaded + args.labels
+        if args.ablation != "no-online-queries":
+            capacity = min(capacity, args.label_window)
+        preferences = Preferences(run_dir / "preferences", capacity, clips, args.members, device)
+        if args.preferences and not checkpoint:  # copied, so that this run needs no other
+            for arrays in read_shards(shards, clips):
+                preferences.add(arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
+
+    # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
+    streams = np.zeros((4, args.num_envs))
+    history, lives, episode_return, episode_length = streams  # history: earlier frames of the same episode, at most 3
+    actions_since_reset: list[torch.Tensor] = []
+    if checkpoint:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        if pool:
+            pool.count = checkpoint["pool"]["count"]
+            for name, stream in pool.streams.items():
+                stream.copy_(checkpoint["pool"]["streams"][name])
+        for name, state in checkpoint["rngs"].items():
+            rngs[name].bit_generator.state = json.loads(state)
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == torch.device(checkpoint["hardware"][0]).type:
+            generator.set_state(checkpoint["generator"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        if learns_reward:
+            preferences.restore(checkpoint["labels_on_disk"])
+        last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
+        next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
+        actions_since_reset = list(checkpoint["actions_since_reset"])
+        for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # ALE's vector can't save its state
+            next_frames, *_ = envs.step(action.astype(np.int64))
+        streams[:] = checkpoint["streams"].numpy()
+        if not np.array_equal(observe(next_frames, history, boxes), checkpoint["next_obs"]):
+            print(
+                "the emulator did not come back to where it was (another version?): this is not the same run any more"
+            )
+
+    # 5. Storage of one rollout, logging, signals
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros(*shape, 4, 84, 84, dtype=torch.uint8, device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    values = torch.zeros(shape, device=device)
+    histories, env_rewards = np.zeros(shape, dtype=np.uint8), np.zeros(shape)
+    lost, ended = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    loss_function = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
+    commit = read_run(str(run_dir))["commit"]  # what this run began with, whatever is checked out when it ends
+    writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
+    if args.track:
+        import wandb
+
+        wandb_run = wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name,
+            group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
+        )  # fmt: skip
+        wandb_run.define_metric("*", step_metric="global_step")
+
+    def log(scalars: dict):
+        """To TensorBoard, and to W&B with steps and labels beside it: either can be the x axis there."""
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, progress.global_step)
+        if args.track:
+            wandb_run.log(scalars | {"global_step": progress.global_step, "labels": progress.labels_used})
+
+    stop: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
+    total_steps = args.num_iterations * args.batch_size  # whole rollouts
+    print(
+        f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps (--total-timesteps "
+        f"rounded up to {args.num_iterations:,} rollouts), {args.device}, {args.torch_threads} threads", flush=True
+    )  # fmt: skip
+    bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", unit_scale=True, disable=None)
+    warned: set[str] = set()
+    trained = False  # a policy update of this process is done, so whatever compiles is compiled
+    started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
+
+    stopping = False
+    while progress.iteration < args.num_iterations and not stopping:
+        update_started, evaluation_seconds = time.time(), 0.0
+
+        # 6. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
+        #    replay them; the agent sees neither that nor any other end.
+        if progress.iteration % args.reset_every == 0:
+            next_frames, infos = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
+            streams[:], lives[:] = 0, infos["lives"]
+            actions_since_reset = []
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (
+                1 - progress.iteration / (1.6 * args.num_iterations)
+            )
+        progress.iteration += 1
+        progress.global_step += args.batch_size
+        finished_episodes = []
+        # A batch of 16 screens is too small to share: threads that wait for more only take the emulator's cores
+        torch.set_num_threads(min(args.torch_threads, math.ceil(args.num_envs / 16)))
+        next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
+        for step in range(args.num_steps):
+            obs[step], histories[step] = next_obs, history
+            with torch.no_grad():
+                action, _, _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
+            actions[step] = action
+            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action.cpu().numpy())
+            ended[step] = terminated | truncated
+            lost[step] = terminated | (infos["lives"] < lives)  # after an end, infos are the next episode's
+            lives[:] = infos["lives"]
+            history[:] = np.where(ended[step], 0, np.minimum(history + 1, 3))
+            next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
+            episode_return += env_rewards[step]
+            episode_length += 1
+            for i in np.flatnonzero(ended[step]):
+                finished_episodes.append((episode_return[i], episode_length[i]))
+                episode_return[i] = episode_length[i] = 0
+        torch.set_num_threads(args.torch_threads)
+        actions_since_reset.append(actions.to("cpu", torch.uint8))
+        progress.recent_returns = (progress.recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
+
+        # 7. Rewards: the whole rollout by one model, in one go. Beside the log, only the oracle reads env_rewards.
+        oracle_rewards = oracle_rewards_of(env_rewards, lost, args)
+        if args.true_reward:  # scaled by a running std, as the predictor's are; its average reaches 20,000 steps back
+            keep = 0.9 ** (args.batch_size / 2048)
+            progress.true_reward_var += (1 - keep) * (float(np.sign(env_rewards).var()) - progress.true_reward_var)
+            var = progress.true_reward_var / (1 - keep**progress.iteration)  # it began with zero
+            scale = args.reward_std / max(math.sqrt(var), args.reward_std_floor)
+            pred_rewards = torch.as_tensor(scale * np.sign(env_rewards), dtype=torch.float32, device=device)
+        elif progress.paid_from < 0:
+            pred_rewards = torch.zeros(shape, device=device)
+        else:
+            raw = ensemble.score(obs.flatten(0, 1))
+            pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).view(shape)
+        if pool:
+            pool.add(frames=obs[:, :, -1], history=histories, oracle_rewards=oracle_rewards, pred_rewards=pred_rewards)
+
+        # 8. Update the policy, unless the first labels are still being collected: those are of the untrained one
+        pays = args.true_reward or progress.paid_from >= 0
+        if pays:
+            with torch.no_grad():
+                next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
+            # Only the baseline sees lost lives and ends, as CleanRL's agent does
+            dones = torch.as_tensor((lost | ended) & args.true_reward, dtype=torch.float32, device=device)
+            advantages, returns = compute_gae(  # lambda 1: n-step returns, of n = num_steps and less
+                pred_rewards, values, next_values * (1 - dones), dones, args.gamma, gae_lambda=1.0
+            )
+            progress.policy_log = update_policy(
+                agent, optimizer, loss_function, obs.flatten(0, 1), actions.flatten(), advantages.flatten(),
+                returns.flatten(), args,
+            )  # fmt: skip
+
+        # 9. Ask when enough labels are due, and store each answer with copies of its clips
+        last = progress.iteration == args.num_iterations
+        for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
+            due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
+            disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
+            pairs = np.empty((0, 2, 2), dtype=np.int64)
+            if due:
+                pairs = select_pairs(ensemble if disputed else None, pool, preferences, due, first, rngs["query"], args)
+            if not len(pairs):
+                break
+            starts = pairs.reshape(-1, 2)
+            rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
+            rewards = rewards.reshape(len(pairs), 2, -1)
+            sums = rewards.sum(-1)
+            mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)
+            progress.recent_sums = (progress.recent_sums + sums.flatten().tolist())[-1000:]
+            clips = pool.clips(starts, args.clip_length)
+            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in clips.items()}
+            answers |= {"mu": mu, "returns": sums.astype(np.float32), "segments": pairs}
+            preferences.add({name: array[~skipped] for name, array in answers.items()})
+            progress.fresh_from = pool.count
+            progress.asked += len(pairs)
+            progress.skipped += int(skipped.sum())
+            progress.labels_used += int((~skipped).sum())
+            progress.ties += int((mu[~skipped] == 0.5).sum())
+
+        # 10. Update the reward model, then renew its statistics over rows of the recent pool
+        if ensemble and progress.labels_used >= args.initial_labels:
+            if progress.paid_from < 0:
+                pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
+                progress.paid_from = progress.global_step
+            owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
+            minibatches = int(owed) // args.reward_minibatch_size
+            if minibatches >= REWARD_MINIBATCHES:
+                progress.pairs_presented += minibatches * args.reward_minibatch_size
+                if learns_reward:  # one that was loaded stays as it is, but for the scale of what it pays
+                    progress.reward_log = update_reward_model(
+                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
+                    )
+            if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
+                rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
+                ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
+
+        # 11. Log, evaluate, save
+        if finished_episodes:
+            mean_return, mean_length = np.mean(finished_episodes, axis=0)
+            log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+        if args.eval_every and progress.iteration % args.eval_every == 0:
+            evaluation_seconds = time.time()
+            result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
+            log({"charts/eval_return": result["returns"].mean()})
+            evaluation_seconds = time.time() - evaluation_seconds
+        progress.wall_seconds = time.time() - started
+        bar.update(args.batch_size)
+        stopping = bool(stop)
+        due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
+        if due_to_save or progress.iteration % args.log_every == 0:
+            progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
+            progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
+            entropy = progress.policy_log.get("entropy", math.nan)
+            accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
+            correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
+            speed = (progress.global_step - line_step) / (time.time() - line_time)
+            line_time, line_step = time.time(), progress.global_step
+            ties = progress.ties / max(progress.labels_used, 1)
+            charts = {f"losses/{name}": value for name, value in progress.policy_log.items()}
+            charts |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
+            if ensemble:
+                charts |= {f"reward_model/{name}": value for name, value in progress.reward_log.items()}
+                charts |= {"labels/used": progress.labels_used, "labels/ties": ties, "labels/skipped": progress.skipped}
+                charts |= {"reward_model/correlation": correlation, "reward_model/raw_std": ensemble.std.mean().item()}
+                charts |= {"reward_model/pred_std": pred_rewards.std().item()}
+            log(charts)
+            left = (total_steps - progress.global_step) / speed
+            line = f"{progress.global_step:>10,} steps {progress.global_step / total_steps:4.0%} {speed:6,.0f}/s"
+            line += f"  {left // 3600:.0f}:{left % 3600 // 60:02.0f} h left  entropy {entropy:4.2f}"
+            line += f"  return {np.mean(progress.recent_returns) if progress.recent_returns else math.nan:7.1f}"
+            if ensemble:
+                line += f"  labels {progress.labels_used:,}/{args.labels:,} ({ties:.0%} ties)"
+                line += f"  held-out accuracy {accuracy:4.2f}  correlation {correlation:5.2f}"
+            tqdm.write(line)
+            sys.stdout.flush()
+            for message, bad in {
+                "nine of ten labels are ties: little can be learned from them": progress.labels_used > 99
+                and ties > 0.9,
+                "the policy's entropy is near zero: it has stopped exploring": entropy < 0.05,
+                "held-out accuracy is at chance: the reward model has learned nothing": accuracy < 0.55
+                and progress.pairs_presented > 5000,
+            }.items():
+                if bad and message not in warned:
+                    warned.add(message)
+                    tqdm.write(f"warning: {message}")
+        if due_to_save:
+            state = {name: module.state_dict() for name, module in modules.items()}
+            state |= {
+                "progress": asdict(progress),
+                "ensemble": ensemble.state_dict() if ensemble else None,
+                "hardware": [args.device, args.torch_threads],
+                "labels_on_disk": preferences.count if learns_reward else 0,
+                "pool": vars(pool) if pool else None,
+                "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
+                "generator": generator.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "next_obs": next_obs,
+                "actions_since_reset": torch.stack(actions_since_reset),
+                "streams": torch.as_tensor(streams),
+            }
+            write_checkpoint(run_dir, state)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if pays and trained:
+            progress.timed_steps += args.batch_size
+            progress.timed_seconds += time.time() - update_started - evaluation_seconds
+        trained |= pays
+
+    # 12. The final score, figure, video and summary
+    bar.close()
+    for number, handler in zip(signals, handlers, strict=True):
+        signal.signal(number, handler)
+    finished = progress.iteration == args.num_iterations
+    returns = np.array([math.nan])
+    if finished:
+        result = evaluate(agent, ensemble, args, derive_seed(args.seed, 14), record=1000)
+        returns = result["returns"]
+        log({"charts/eval_return": returns.mean()})
+    accuracy = held_out(ensemble, preferences, args)[1] if learns_reward and len(preferences) else None
+    of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
+    of_args += ("teacher_skip", "teacher_equal", "seed", "pairs_per_step", "device")
+    of_progress = ("global_step", "labels_used", "asked", "skipped", "ties", "labels_loaded")
+    summary = {"finished": finished, "script": SCRIPT, "total_timesteps": total_steps}
+    summary |= {name: getattr(args, name) for name in of_args}
+    summary |= {name: getattr(progress, name) for name in of_progress}
+    summary |= {
+        "wall_seconds": time.time() - started,
+        "sps": progress.timed_steps / progress.timed_seconds if progress.timed_seconds else None,
+        "final_return_mean": float(returns.mean()),
+        "final_return_std": float(returns.std()),
+        "final_episodes": len(returns) if finished else None,
+        "reward_accuracy_heldout": accuracy,
+        "reward_correlation": reward_correlation(pool, args, progress.iteration) if ensemble else None,
+        "reward_loss": progress.reward_log.get("loss"),
+        "pg_loss": progress.policy_log.get("policy_loss"),
+        "v_loss": progress.policy_log.get("value_loss"),
+        "entropy": progress.policy_log.get("entropy"),
+        "params_sha256": params_sha256(agent, *([ensemble] if ensemble else [])),
+        "commit": commit,
+    }
+    # JSON has neither infinity nor NaN: what is absent or infinite is null
+    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    writer.close()
+    if finished:
+        draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
+        if progress.labels_used < args.labels:
+            print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were never answered")
+    if args.track:
+        wandb_run.summary.update(summary)
+        if finished and result["screens"]:
+            wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
+        wandb_run.finish()
+    score = f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes"
+    print(f"{run_dir}: " + (score if finished else f"stopped; go on with --resume {run_dir}"))
+    return summary
+
+
+if __name__ == "__main__":
+    train(parse_args())

@@ -1,0 +1,140 @@
+"""a2c_atari_rlhf.py: what it does not share with its PPO sibling, by hand; and whole runs on the toy emulator.
+
+Everything else in it is the sibling's text (test_siblings.py), which test_atari_parts.py and test_atari_runs.py test.
+"""
+
+import json
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from test_atari_runs import Toy, only
+
+import a2c_atari_rlhf as script
+import ppo_atari_rlhf as ppo
+
+SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256"]
+SMALL += ["--pairs-per-step", "0.25", "--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]
+SMALL += ["--eval-episodes", "2", "--checkpoint-every", "10", "--reset-every", "24", "--log-every", "20"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
+    monkeypatch.setattr(script, "draw_episode", lambda *_: None)
+    monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
+    return monkeypatch
+
+
+def run(tmp_path, *flags, small=SMALL):
+    where = [] if "--resume" in flags else ["--runs-dir", str(tmp_path)]
+    return script.train(script.parse_args([*small, *where, *flags]))
+
+
+def test_the_defaults_are_the_papers():
+    args = script.parse_args(["--oracle"])
+    assert (args.total_timesteps, args.num_envs, args.num_steps, args.learning_rate) == (50_000_000, 16, 5, 7e-4)
+    assert (args.gamma, args.ent_coef, args.rmsprop_alpha, args.rmsprop_eps) == (0.99, 0.01, 0.99, 1e-5)
+    assert (args.labels, args.initial_labels, args.label_window, args.reward_std) == (5500, 500, 3000, 0.05)
+    assert (args.pairs_per_step, args.segment_length, args.dropout) == (0.1, 25, 0.5)
+
+
+def test_the_gradient_is_ppos_at_ratio_one_on_one_full_batch():
+    torch.manual_seed(0)
+    agent, n = script.Agent(6, bf16=False), 32
+    obs = torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8)
+    actions, advantages, returns = torch.randint(0, 6, (n,)), torch.randn(n), torch.randn(n)
+    with torch.no_grad():
+        _, logprobs, _, values = agent.get_action_and_value(obs, actions)
+    gradients = []
+    for module, flags, data in (
+        (script, [], (advantages, returns)),
+        (ppo, ["--norm-adv", "center"], (logprobs, advantages, returns, values)),
+    ):
+        loss, _ = module.minibatch_loss(agent, module.parse_args(["--oracle", *flags]), obs, actions, *data)
+        agent.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.parameters()]))
+    assert gradients[0].norm() > 0.1 and torch.allclose(gradients[0], gradients[1], atol=1e-6)
+
+
+def test_the_loss_by_hand():
+    args = script.parse_args(["--oracle"])
+    logprob, entropy = torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 1.5])
+    value, advantage, returns = torch.tensor([1.0, 3.0]), torch.tensor([2.0, -1.0]), torch.tensor([2.0, 1.0])
+    loss, info = script.policy_loss(logprob, entropy, value, advantage, returns, args)
+    # policy -(2 x -1 + -1 x -2) / 2 = 0, value (1 + 4) / 2 / 2 = 1.25, entropy 1
+    assert info["policy_loss"] == 0 and info["value_loss"] == 1.25 and info["entropy"] == 1
+    assert loss.item() == pytest.approx(0.5 * 1.25 - 0.01)
+
+
+def test_n_step_returns_by_hand():
+    """lambda 1: 3 + 8 / 2 = 7, 2 + 7 / 2 = 5.5, 1 + 5.5 / 2 = 3.75; an end before the last row leaves 2 and 2."""
+    rewards, values, next_values = torch.tensor([[1.0], [2], [3]]), torch.tensor([[5.0], [1], [4]]), torch.zeros(3, 1)
+    next_values[:2], next_values[2] = values[1:], 8
+    advantages, returns = script.compute_gae(rewards, values, next_values, torch.zeros(3, 1), 0.5, 1.0)
+    assert returns.flatten().tolist() == [3.75, 5.5, 7] and advantages.flatten().tolist() == [-1.25, 4.5, 3]
+    dones = torch.tensor([[0.0], [1], [0]])
+    _, returns = script.compute_gae(rewards, values, next_values * (1 - dones), dones, 0.5, 1.0)
+    assert returns.flatten().tolist() == [2, 2, 7]
+
+
+def test_rmsprop_is_tensorflows():
+    """Average from 1, epsilon inside of the root; PyTorch's first step would be ten times as long."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = script.RMSpropTF([parameter], 0.1, 0.99, 1e-5)
+    average, expected = np.ones(2), np.array([1.0, -2.0])
+    for gradient in ([3.0, 0.0], [-1.0, 0.5], [0.2, 4.0]):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        average = 0.99 * average + 0.01 * np.square(gradient)
+        expected -= 0.1 * np.array(gradient) / np.sqrt(average + 1e-5)
+        assert parameter.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    state = optimizer.state_dict()
+    again = script.RMSpropTF([torch.nn.Parameter(torch.zeros(2))], 0.1, 0.99, 1e-5)
+    again.load_state_dict(state)
+    assert again.state_dict()["state"][0]["square_avg"].tolist() == pytest.approx(average.tolist())
+
+
+def test_a_run_counts_right_and_its_rate_falls_to_zero_at_1_6_times_its_length(tmp_path, toy):
+    summary = run(tmp_path, *FEEDBACK)
+    assert (summary["labels_used"], summary["global_step"], summary["script"]) == (48, 1280, "a2c_atari_rlhf")
+    assert all(math.isfinite(summary[name]) for name in ("reward_loss", "pg_loss", "v_loss", "entropy"))
+    assert json.loads((only(tmp_path) / "summary.json").read_text()) == summary
+    (group,) = script.read_checkpoint(str(only(tmp_path)))["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(7e-4 * (1 - 63 / (1.6 * 64)))  # the 64th of 64 updates
+
+
+def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
+    """Across --reset-every and in the middle of clips, which are longer than a rollout."""
+    whole, write, calls = run(tmp_path / "whole", *FEEDBACK), script.write_checkpoint, []
+
+    def failing(run_dir, state):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError("no space left on device")
+        write(run_dir, state)
+
+    with toy.context() as patch, pytest.raises(OSError):
+        patch.setattr(script, "write_checkpoint", failing)
+        run(tmp_path / "cut", *FEEDBACK)
+    cut = only(tmp_path / "cut")
+    assert script.read_checkpoint(str(cut))["progress"]["iteration"] == 40
+    assert run(tmp_path, "--resume", str(cut), small=[])["params_sha256"] == whole["params_sha256"]
+
+
+def test_every_ablation_and_seed_gives_parameters_of_its_own(tmp_path, toy):
+    runs = [[*FEEDBACK, "--ablation", name] for name in get_args(script.Ablation)] + [[*FEEDBACK, "--seed", "2"]]
+    runs += [["--true-reward", "--total-timesteps", "1280"]]
+    hashes = [run(tmp_path / str(i), *flags)["params_sha256"] for i, flags in enumerate(runs)]
+    assert len(set(hashes)) == len(runs) and run(tmp_path / "again", *runs[0])["params_sha256"] == hashes[0]
+
+
+@pytest.mark.parametrize("flags", [["--rmsprop-alpha", "1.5"], ["--num-minibatches", "4"], ["--labels", "0"]])
+def test_bad_input_ends_with_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.parse_args(["--oracle", *flags])
+    assert error.value.code == 2

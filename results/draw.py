@@ -80,6 +80,7 @@ def draw_atari() -> None:
     rows = read_csv(HERE / "atari.csv")
     for env_id in sorted({row["env_id"] for row in rows}):
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        colours = (f"C{i}" for i in range(10))
         for row in (row for row in rows if row["env_id"] == env_id):
             path = HERE / "curves" / f"{row['run']}.csv"
             if not path.exists():
@@ -87,14 +88,14 @@ def draw_atari() -> None:
             curve = read_csv(path)
             label = row["feedback"] + (f", {int(row['labels_used']):,} labels" if row["labels"] != "0" else "")
             label += "" if row["ablation"] == "none" else f", {row['ablation']}"
-            colour = "C1" if row["feedback"] == "true-reward" else "C0"
+            colour = next(colours)
 
             def line(ax, name, curve=curve, **style):
                 xy = [(int(p["step"]) / 1e6, float(p[name])) for p in curve if p[name] not in ("", "nan")]
                 if xy:
                     ax.plot(*zip(*xy, strict=True), linewidth=1.2, **style)
 
-            line(axes[0], "return", color=colour, label=f"{label}, seed {row['seed']}")
+            line(axes[0], "return", color=colour, label=f"{label}, seed {row['seed']}, {row['commit']}")
             line(axes[1], "accuracy_heldout", color=colour)
             line(axes[1], "correlation", color=colour, linestyle=":")
             line(axes[2], "entropy", color=colour)

@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from test_atari_runs import Toy, only
+from test_atari_runs import only, play_toy
 
 import a2c_atari_rlhf as script
 import ppo_atari_rlhf as ppo
@@ -23,10 +23,7 @@ FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
-    monkeypatch.setattr(script, "draw_episode", lambda *_: None)
-    monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
-    return monkeypatch
+    return play_toy(monkeypatch, script)
 
 
 def run(tmp_path, *flags, small=SMALL):

@@ -73,12 +73,17 @@ class Toy:
         pass
 
 
-@pytest.fixture
-def toy(monkeypatch):
+def play_toy(monkeypatch, script):
+    """Let a script's runs play the toy, without a picture at the end; its A2C sibling's tests use this too."""
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
     monkeypatch.setattr(script, "draw_episode", lambda *_: None)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
     return monkeypatch
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    return play_toy(monkeypatch, script)
 
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]

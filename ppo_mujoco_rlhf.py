@@ -26,8 +26,10 @@ Where this differs from the paper, and why:
   * Episodes of 250 steps in InvertedPendulum; the paper does not give its length.
 """
 
+import base64
 import difflib
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -39,11 +41,17 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -61,6 +69,9 @@ PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run rec
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
+SHEET = {"width": 256, "height": 256, "columns": 5, "pixelated": False}  # of the clips that people see
+WEBP_QUALITY = 85
+OPEN_QUERIES = 100  # pairs that wait for people at most, after the initial ones; newer ones take their places
 
 
 def fail(message: str):
@@ -182,6 +193,10 @@ class Args:
     """imperfect teacher: "equal" if the sums differ by less than this times the std of the last 1,000 sums"""
     preferences: str | None = None
     """run directory whose labels this run starts from"""
+    label_server: str = "http://127.0.0.1:8765"
+    """with --human: where label_server.py runs; its token: LABEL_SERVER_TOKEN, this URL, or ./label_server.tokens"""
+    wait_for_labels: bool = True
+    """with --human: wait for people while they have answered less than three quarters of what is due"""
     reward_model: str | None = None
     """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
 
@@ -273,8 +288,6 @@ def check_args(args: Args) -> None:
     """Refuse what can't be trained, before anything is written, and fill in the defaults that depend on the rest."""
     if args.oracle + args.human + args.true_reward != 1:
         fail("give exactly one of --oracle, --human and --true-reward")
-    if args.human:
-        fail("--human needs the label server, which is not part of this version; use --oracle or --true-reward")
     if args.random:
         fail("--random goes with --evaluate")
     # Of v5: in older ones a robot that has fallen is paid its bonus for standing as soon as its end is hidden
@@ -296,6 +309,8 @@ def check_args(args: Args) -> None:
     teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
     if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
         fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
+    if args.human and (args.ablation == "target" or teacher != (math.inf, 1.0, 0.0, 0.0, 0.0)):
+        fail("--human takes no --teacher-* flags and no --ablation target: people give answers, not sums")
     learning = (args.labels, args.preferences, args.reward_model, args.ablation, *teacher)
     if args.true_reward and learning != (0, None, None, "none", math.inf, 1.0, 0.0, 0.0, 0.0):
         fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
@@ -339,6 +354,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     spelled = r"^--(?:no-)?([\w-]+)=(True|False)$"
     argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__)
+    args.label_server, _, token = args.label_server.partition("/?token=")
+    if token:  # a secret: kept out of args.json and W&B
+        os.environ["LABEL_SERVER_TOKEN"] = token
     given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
     source = args.resume or args.evaluate
     if args.resume and args.evaluate:
@@ -347,7 +365,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         check_args(args)
         return args
     kept = {"device", "torch_threads", "track", "wandb_project_name", "wandb_entity"}
-    kept |= {"evaluate", "random", "eval_episodes", "seed"} if args.evaluate else {"resume"}
+    resuming = {"resume", "label_server", "wait_for_labels"}
+    kept |= {"evaluate", "random", "eval_episodes", "seed"} if args.evaluate else resuming
     if given - kept:
         flag = min(given - kept).replace("_", "-")
         fail(f"--{'resume' if args.resume else 'evaluate'} takes its arguments from the run: --{flag} can't be changed")
@@ -737,6 +756,19 @@ def label_shapes(clips: dict) -> dict:
     return of_clips | {"mu": ((), "float32"), "returns": ((2,), "float32"), "segments": ((2, 2), "int64")}
 
 
+def write_whole(path: Path, write) -> None:
+    """Write beside, flush, rename: a name stands for whole content, whatever is killed or full meanwhile."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 class Preferences:
     """The newest labels, each with copies of its two clips, and the files that hold all labels ever given.
 
@@ -751,30 +783,33 @@ class Preferences:
             for name, (shape, dtype) in label_shapes(clips).items()
         }
         self.weights = torch.empty(capacity, members, device=device)
+        self.known: set[frozenset] = set()  # pairs of segments that were asked about, answered or not
 
     def __len__(self):
         return min(self.count, self.capacity)
-
-    def save(self, **arrays):
-        """Write a shard: beside, flushed, then renamed, so that a name stands for whole content."""
-        path = self.folder / f"{self.count:08d}.npz"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
 
     def add(self, answers: dict, save: bool = True):
         """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
         n = len(answers["mu"])
         if save and n:
-            self.save(**answers)
+            write_whole(self.folder / f"{self.count:08d}.npz", lambda file: np.savez_compressed(file, **answers))
         ids = np.arange(self.count, self.count + n)[-self.capacity :]
         at = torch.as_tensor(ids % self.capacity, device=self.weights.device)
         for name, array in self.arrays.items():
             array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
         self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
+        self.known |= {frozenset(map(tuple, pair)) for pair in answers["segments"].tolist()}
         self.count += n
+        for i in np.flatnonzero(np.isnan(answers["mu"])):
+            self.retract(self.count - n + int(i))
+
+    def retract(self, label: int):
+        """Take a label back: an empty file says so for ever, and nothing is trained or judged on it any more: a tie,
+        which is not decisive, of weight 0."""
+        (self.folder / f"{label:08d}.retracted").touch()
+        if label >= self.count - self.capacity:
+            self.arrays["mu"][label % self.capacity] = 0.5
+            self.weights[label % self.capacity] = 0
 
     def restore(self, count: int):
         """Read the first `count` labels back from the disk, then remove later ones: they were written after the
@@ -788,9 +823,8 @@ class Preferences:
                 path.unlink()
 
     def asked(self, pairs: np.ndarray) -> np.ndarray:
-        """(n,) True where this pair of segments, in either order, is in the window already."""
-        known = {frozenset(map(tuple, pair)) for pair in self.arrays["segments"][: len(self)].tolist()}
-        return np.array([frozenset(map(tuple, pair)) in known for pair in pairs.tolist()], dtype=bool)
+        """(n,) True where this pair of segments, in either order, was asked about already."""
+        return np.array([frozenset(map(tuple, pair)) in self.known for pair in pairs.tolist()], dtype=bool)
 
     def batch(self, at):
         """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights.
@@ -806,7 +840,10 @@ class Preferences:
 
 
 def read_shards(folder: Path, clips: dict, until: float = math.inf):
-    """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit."""
+    """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit.
+
+    mu is NaN where somebody took an answer back.
+    """
     shapes = label_shapes(clips)
     for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
         try:
@@ -816,6 +853,9 @@ def read_shards(folder: Path, clips: dict, until: float = math.inf):
             fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
         if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, (shape, _) in shapes.items()):
             fail(f"{path} holds other clips than this run's: {clips}")
+        for i in range(len(arrays["mu"])):
+            if (folder / f"{int(path.stem) + i:08d}.retracted").exists():
+                arrays["mu"][i] = np.nan
         yield arrays
 
 
@@ -983,21 +1023,26 @@ def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
 
 
+def labels_scheduled(progress, args: Args) -> int:
+    """Labels due by now; the paper's clock starts with the policy's training."""
+    steps, total = (x - progress.paid_from for x in (progress.global_step, args.num_iterations * args.batch_size))
+    return label_schedule(steps, total, args.initial_labels, args.labels)
+
+
 def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int, int]:
     """How many labels to ask for now, and the first row that their segments may come from.
 
     While initial labels are missing, segments come from fresh rows only, twice as many as they fill, so that they
     hardly overlap with earlier ones. 0 until a batch is due, but for what is left at the last update.
     """
-    missing = args.initial_labels - progress.labels_used
+    first = max(pool.first_start(), progress.shown_from)
+    missing = args.initial_labels - progress.labels_used - progress.open
     if missing > 0:
-        wanted, first = missing, max(pool.first_start(), progress.fresh_from)
+        wanted, first = missing, max(first, progress.fresh_from)
         enough = min(QUERY_BATCH, args.query_limit, missing)
     else:
-        steps = progress.global_step - progress.paid_from  # the paper's clock starts with the policy's training
-        left = args.num_iterations * args.batch_size - progress.paid_from
-        scheduled = label_schedule(steps, left, args.initial_labels, args.labels)
-        wanted, first = scheduled - progress.labels_used, pool.first_start()
+        scheduled = labels_scheduled(progress, args) if progress.paid_from >= 0 else 0
+        wanted = scheduled - progress.labels_used - progress.open
         enough = 1 if last else min(QUERY_BATCH, args.query_limit)
     room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
     due = min(wanted, room)
@@ -1037,6 +1082,11 @@ class Progress:
     asked: int = 0
     skipped: int = 0
     ties: int = 0
+    open: int = 0  # pairs that wait for people's answers
+    run_id: str = ""  # of this run, for the label server
+    last_event: int = 0  # the newest of the label server's events that is counted here
+    answered: dict[str, int] = field(default_factory=dict)  # query of the label server -> label, -1 for "can't tell"
+    shown_from: int = 0  # first row of the streams that people can be shown
     fresh_from: int = 0  # first row of the streams that no initial pair could have come from yet
     paid_from: int = -1  # global_step at which the predictor began to pay the policy; -1: not yet
     pairs_presented: int = 0  # since then
@@ -1069,7 +1119,7 @@ def make_run_dir(args: Args) -> Path:
     run = {
         "script": SCRIPT,
         "args": asdict(args),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": re.sub(r"/\?token=\S*", "", " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
@@ -1095,18 +1145,6 @@ def read_run(run_dir: str) -> dict:
         return run
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
-
-
-def write_checkpoint(run_dir: Path, state: dict) -> None:
-    """Write beside, flush, rename: a crash or a full disk leaves the last checkpoint as it was."""
-    try:
-        with open(run_dir / "checkpoint.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-    finally:
-        (run_dir / "checkpoint.tmp").unlink(missing_ok=True)
 
 
 def read_checkpoint(run_dir: str) -> dict:
@@ -1138,13 +1176,13 @@ def params_sha256(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def make_twin(args: Args, envs: SyncVectorEnv, seed: int) -> SyncVectorEnv | None:
+def make_twin(args: Args, envs: SyncVectorEnv, seed: int, width: int, height: int) -> SyncVectorEnv | None:
     """Environment 0 once more, with a camera that follows the robot; None, and one line, where nothing can render."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
     model = envs.envs[0].simulator.model
     named = {"camera_name": "track"} if "track" in [model.camera(i).name for i in range(model.ncam)] else {}
-    twin = make_envs(args, 1, stagger=False, render_mode="rgb_array", width=320, height=420, **named)
+    twin = make_envs(args, 1, stagger=False, render_mode="rgb_array", width=width, height=height, **named)
     twin.reset(seed=seed)
     try:
         twin.envs[0].render()
@@ -1168,7 +1206,7 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
     space, dt = envs.single_action_space, envs.envs[0].simulator.dt
     low, high = (torch.as_tensor(bound, device=args.device) for bound in (space.low, space.high))
     generator = torch.Generator(args.device).manual_seed(derive_seed(seed, 1))
-    next_obs, twin = envs.reset(seed=seed)[0], make_twin(args, envs, seed) if record else None
+    next_obs, twin = envs.reset(seed=seed)[0], make_twin(args, envs, seed, 320, 420) if record else None
     every, returns = max(1, round(1 / 30 / dt)), np.zeros(args.eval_episodes)
     inputs, screens, env_rewards = [], [], []
     for t in range(envs.envs[0].length):
@@ -1200,7 +1238,6 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
 
 def draw_episode(result: dict, folder: Path, title: str) -> None:
     """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
-    import cv2
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -1286,6 +1323,141 @@ def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Human labels
+# ----------------------------------------------------------------------------------------------------------------------
+def simulator_state(env: FixedLength) -> np.ndarray:
+    """What `train` keeps of each step for people: positions and velocities."""
+    return np.concatenate([env.simulator.data.qpos, env.simulator.data.qvel])
+
+
+def shown_steps(args: Args) -> range:
+    """The steps of a clip that people see: thirty at most, in a second and a half."""
+    return range(0, args.clip_length, math.ceil(args.clip_length / 30))
+
+
+def render_states(twin: SyncVectorEnv, states: list[np.ndarray]) -> np.ndarray:
+    """Pictures of these states of the simulator, (L, H, W, 3) RGB, by the camera that follows the robot."""
+    env, frames = twin.envs[0], []
+    for state in states:
+        env.simulator.set_state(*np.split(state, [env.simulator.model.nq]))
+        frames.append(env.render())
+    return np.stack(frames)
+
+
+def sprite_sheet(frames: np.ndarray) -> bytes:
+    """The frames of a clip, (L, H, W, 3) RGB, on one WebP image, as SHEET says."""
+    columns, (height, width) = SHEET["columns"], frames.shape[1:3]
+    rows = math.ceil(len(frames) / columns)
+    cells = np.zeros((rows * columns, height, width, 3), np.uint8)
+    cells[: len(frames)] = frames[..., ::-1]  # OpenCV's order
+    image = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])[1].tobytes()
+
+
+class LabelServer:
+    """The run's side of label_server.py: posts pairs of clips, and reads what people answer.
+
+    A pair lies in the run's queries/ under a random id before it is posted, and stays there: whatever is killed or
+    away, an answer finds the clips that it is about.
+    """
+
+    def __init__(self, args: Args, run_id: str, frames: int, fps: float):
+        """Sign the run in, with clips of so many frames; exit code 2 where the server is not there or refuses."""
+        self.url, self.run, self.unsent = args.label_server, f"/api/runs/{run_id}", []
+        self.away_until, self.patience = 0.0, 1
+        tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
+        self.token = os.environ.get("LABEL_SERVER_TOKEN")
+        if not self.token and tokens.exists():
+            self.token = json.loads(tokens.read_text())["trainer"]
+        if not self.token:
+            fail("the label server's token is missing: set LABEL_SERVER_TOKEN to what it printed at its start")
+        reply = self.request("PUT", self.run, {
+            "name": f"{args.env_id}, {SCRIPT}, seed {args.seed}", "env_id": args.env_id, "script": SCRIPT,
+            "labels": args.labels, "max_open": max(OPEN_QUERIES, args.initial_labels),
+            "clip": SHEET | {"frames": frames, "fps": fps},
+        })  # fmt: skip
+        if reply is None:
+            fail(f"no label server at {self.url}: start one with python label_server.py")
+        self.known = set(reply["known"])
+
+    def request(self, method: str, path: str, body: dict | None = None, wait: float = 0) -> dict | None:
+        """The reply; None while the server is away. It is left alone then for a while, up to half a minute."""
+        if time.time() < self.away_until:
+            return None
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self.url + path, data, headers, method=method)
+            with urllib.request.urlopen(request, timeout=wait + 20) as reply:
+                content = reply.read()
+            self.patience = 1
+            return json.loads(content) if content else {}
+        except urllib.error.HTTPError as error:
+            reason = f"{error.code} {error.read(500).decode(errors='replace')}"
+            if error.code < 500:
+                fail(f"the label server refuses {method} {path}: {reason}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+        self.away_until, self.patience = time.time() + self.patience, min(2 * self.patience, 30)
+        tqdm.write(f"the label server is away ({reason})")
+
+    def ask(self, folder: Path, **pair):
+        """Keep a pair (arrays of `label_shapes`, and its two sprite sheets) for `post`."""
+        query = uuid.uuid4().hex  # the run's generators would give a resumed run the same ids again
+        write_whole(folder / f"{query}.npz", lambda file: np.savez_compressed(file, **pair))
+        self.unsent.append(query)
+
+    def post(self, folder: Path, progress) -> None:
+        """Send what has not been sent yet, as long as the server is there."""
+        for query in list(self.unsent):
+            with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
+                sheets = [base64.b64encode(pair[f"sheet_{i}"].tobytes()).decode() for i in range(2)]
+                sums = [float(x) if math.isfinite(x) else None for x in pair["returns"]]  # for the server's statistics
+            body = {"run": self.run[-32:], "clips": sheets, "sums": sums}
+            reply = self.request("PUT", f"/api/queries/{query}", body)
+            if reply is None:
+                return
+            self.unsent.remove(query)
+            progress.open = reply["open"] + len(self.unsent)
+
+    def receive(self, folder: Path, preferences: Preferences, progress, wait: float = 0) -> None:
+        """Store what people have answered since the last time, or taken back; wait so many seconds for it."""
+        reply = self.request("GET", f"{self.run}/events?after={progress.last_event}&wait={wait}", wait=wait)
+        if reply is None:
+            time.sleep(min(wait, 1))
+            return
+        for event in reply["events"]:
+            query, mu = event["query"], {"first": 1.0, "second": 0.0, "equal": 0.5}.get(event["answer"])
+            sign = 1 if event["kind"] == "answer" else -1
+            if sign < 0:
+                label = progress.answered.pop(query)
+                if mu is not None:
+                    preferences.retract(label)
+            elif mu is None:
+                progress.answered[query] = -1
+            else:
+                progress.answered[query] = preferences.count
+                with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
+                    arrays = {name: pair[name][None] for name in label_shapes(preferences.clips) if name != "mu"}
+                preferences.add(arrays | {"mu": np.array([mu], np.float32)})
+            progress.labels_used += sign * (mu is not None)
+            progress.skipped += sign * (mu is None)
+            progress.ties += sign * (mu == 0.5)
+            progress.last_event = event["seq"]
+        progress.open = reply["open"] + len(self.unsent)
+
+
+def behind_schedule(progress, args: Args) -> bool:
+    """Whether to wait for people: for the initial labels in any case, then while under 75 % of what is due is answered.
+    Where no pair is open there is nothing to wait for: the next rollout brings new ones."""
+    if not progress.open:
+        return False
+    if progress.paid_from < 0:
+        return progress.labels_used < args.initial_labels <= progress.labels_used + progress.open
+    return args.wait_for_labels and progress.labels_used < 0.75 * labels_scheduled(progress, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
@@ -1315,6 +1487,12 @@ def train(args: Args) -> dict:
         progress.labels_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, clips))
         if not progress.labels_loaded:
             fail(f"{args.preferences} has no labels")
+    if args.human:
+        twin = make_twin(args, envs, args.seed, SHEET["width"], SHEET["height"])
+        if not twin:
+            fail("--human needs pictures of the simulation")
+        progress.run_id = progress.run_id or uuid.uuid4().hex
+        server = LabelServer(args, progress.run_id, len(shown_steps(args)), len(shown_steps(args)) / 1.5)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
 
     # 2. Hardware and seeds
@@ -1346,6 +1524,10 @@ def train(args: Args) -> dict:
             for arrays in read_shards(shards, clips):
                 preferences.add(arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
 
+    if args.human:
+        shown, queries = deque(maxlen=args.pool_rows), run_dir / "queries"
+        queries.mkdir(exist_ok=True)
+
     # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
     streams = np.zeros((2, args.num_envs))
     episode_return, episode_length = streams
@@ -1363,6 +1545,13 @@ def train(args: Args) -> dict:
             generator.set_state(checkpoint["generator"])
         if learns_reward:
             preferences.restore(checkpoint["labels_on_disk"])
+        if args.human:
+            progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
+            for path in sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime):
+                with np.load(path, allow_pickle=False) as pair:
+                    preferences.known.add(frozenset(map(tuple, pair["segments"].tolist())))
+                if path.stem not in server.known and path.stem not in progress.answered:
+                    server.unsent.append(path.stem)
         last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
         next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
         actions_since_reset = list(checkpoint["actions_since_reset"])
@@ -1409,6 +1598,7 @@ def train(args: Args) -> dict:
     )  # fmt: skip
     bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", unit_scale=True, disable=None)
     warned: set[str] = set()
+    asked_at = 0.0
     trained = False  # a policy update of this process is done, so whatever compiles is compiled
     started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
 
@@ -1433,6 +1623,8 @@ def train(args: Args) -> dict:
             with torch.no_grad():
                 action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
             actions[step] = action
+            if args.human:
+                shown.append([simulator_state(env) for env in envs.envs])
             next_obs, env_rewards[step], _, ended[step], infos = envs.step(action.clamp(low, high).cpu().numpy())
             next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)  # a copy: the buffer is used again
             episode_return += env_rewards[step]
@@ -1486,6 +1678,8 @@ def train(args: Args) -> dict:
         last = progress.iteration == args.num_iterations
         for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
             due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
+            if args.human and (last or (progress.open >= OPEN_QUERIES and time.time() < asked_at + 60)):
+                due = 0  # nobody would answer in time; or enough is open, and what is newer may wait for a minute
             disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
             pairs = np.empty((0, 2, 2), dtype=np.int64)
             if due:
@@ -1496,17 +1690,32 @@ def train(args: Args) -> dict:
             rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
             rewards = rewards.reshape(len(pairs), 2, -1)
             sums = rewards.sum(-1)
-            mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)
-            progress.recent_sums = (progress.recent_sums + sums.flatten().tolist())[-1000:]
             clips = pool.clips(starts, args.clip_length)
             answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in clips.items()}
-            answers |= {"mu": mu, "returns": sums.astype(np.float32), "segments": pairs}
-            preferences.add({name: array[~skipped] for name, array in answers.items()})
+            answers |= {"returns": sums.astype(np.float32), "segments": pairs}
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
+            if args.human:
+                oldest, asked_at = pool.count - len(shown), time.time()
+                for i, pair in enumerate(pairs.tolist()):
+                    sheets = {}
+                    for side, (env, row) in enumerate(pair):
+                        views = [shown[row - oldest + t][env] for t in shown_steps(args)]
+                        sheets[f"sheet_{side}"] = np.frombuffer(sprite_sheet(render_states(twin, views)), np.uint8)
+                    server.ask(queries, **{name: array[i] for name, array in answers.items()}, **sheets)
+                preferences.known |= {frozenset(map(tuple, pair)) for pair in pairs.tolist()}
+                progress.open += len(pairs)
+                break
+            mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)
+            progress.recent_sums = (progress.recent_sums + sums.flatten().tolist())[-1000:]
+            answers["mu"] = mu
+            preferences.add({name: array[~skipped] for name, array in answers.items()})
             progress.skipped += int(skipped.sum())
             progress.labels_used += int((~skipped).sum())
             progress.ties += int((mu[~skipped] == 0.5).sum())
+        if args.human:
+            server.post(queries, progress)
+            server.receive(queries, preferences, progress)
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
         if ensemble and progress.labels_used >= args.initial_labels:
@@ -1537,7 +1746,9 @@ def train(args: Args) -> dict:
         progress.wall_seconds = time.time() - started
         bar.update(args.batch_size)
         stopping = bool(stop)
+        waiting = args.human and behind_schedule(progress, args) and not (stopping or last)
         due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
+        due_to_save |= waiting and progress.paid_from < 0  # hours of people's work may hang on it
         if due_to_save or progress.iteration % args.log_every == 0:
             progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
@@ -1555,6 +1766,13 @@ def train(args: Args) -> dict:
                 charts |= {"reward_model/correlation": correlation, "reward_model/raw_std": ensemble.std.mean().item()}
                 charts |= {"reward_model/pred_std": pred_rewards.std().item()}
             log(charts)
+            if args.human:
+                server.request("POST", f"{server.run}/status", {
+                    "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
+                    "labels_used": progress.labels_used, "finished": last, "waiting": waiting,
+                    "labels_due": labels_scheduled(progress, args) if progress.paid_from >= 0 else args.initial_labels,
+                    "accuracy_heldout": accuracy if math.isfinite(accuracy) else None,
+                })  # fmt: skip
             left = (total_steps - progress.global_step) / speed
             line = f"{progress.global_step:>10,} steps {progress.global_step / total_steps:4.0%} {speed:6,.0f}/s"
             line += f"  {left // 3600:.0f}:{left % 3600 // 60:02.0f} h left  entropy {entropy:4.2f}"
@@ -1588,7 +1806,7 @@ def train(args: Args) -> dict:
                 "actions_since_reset": torch.stack(actions_since_reset),
                 "streams": torch.as_tensor(streams),
             }
-            write_checkpoint(run_dir, state)
+            write_whole(run_dir / "checkpoint.pt", partial(torch.save, state))
         if device.type == "cuda":
             torch.cuda.synchronize()
         if pays and trained:
@@ -1596,7 +1814,18 @@ def train(args: Args) -> dict:
             progress.timed_seconds += time.time() - update_started - evaluation_seconds
         trained |= pays
 
-    # 12. The final score, figure, video and summary
+        # 12. Wait for people. While they answer, the agent stands still: a simulator is a hundred times faster.
+        line_at = 0.0
+        while waiting and not stop:
+            if time.time() > line_at + 15:
+                line_at = time.time()
+                tqdm.write(f"waiting for people: {progress.labels_used:,} labels, {progress.open} pairs are open")
+                sys.stdout.flush()
+            server.post(queries, progress)
+            server.receive(queries, preferences, progress, wait=5)
+            waiting = behind_schedule(progress, args)
+
+    # 13. The final score, figure, video and summary
     bar.close()
     for number, handler in zip(signals, handlers, strict=True):
         signal.signal(number, handler)

@@ -17,14 +17,15 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 
 # In all scripts, with the same text
 SHARED = """
-    SCRIPT QUERY_BATCH QUERY_CANDIDATES REWARD_MINIBATCHES fail Ablation
+    SCRIPT QUERY_BATCH QUERY_CANDIDATES REWARD_MINIBATCHES OPEN_QUERIES fail Ablation
     derive_seed
     layer_init
     sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement
-    bootstrap_weights teacher_answers label_schedule label_shapes Preferences read_shards
+    bootstrap_weights teacher_answers label_schedule label_shapes write_whole Preferences read_shards
     compute_gae minibatch_loss
-    decisive_sums held_out adapt_l2 pretrain labels_due select_pairs
-    git_commit make_run_dir read_run write_checkpoint read_checkpoint params_sha256 draw_episode reward_correlation
+    decisive_sums held_out adapt_l2 pretrain labels_scheduled labels_due select_pairs
+    git_commit make_run_dir read_run read_checkpoint params_sha256 draw_episode reward_correlation
+    sprite_sheet LabelServer behind_schedule
 """
 
 # In all scripts, with more than one text
@@ -37,7 +38,7 @@ DIFFERENT = {
         policy_loss update_policy
     """,
     "ppo_atari = a2c_atari | ppo_mujoco": """
-        PACKAGES resolve_hardware parse_args
+        PACKAGES SHEET WEBP_QUALITY resolve_hardware parse_args
         make_envs
         Agent
         RewardEnsemble
@@ -49,8 +50,11 @@ DIFFERENT = {
 
 # Not in all scripts
 ONLY = {
-    "ppo_atari = a2c_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout",
-    "ppo_mujoco": "SEGMENT_LENGTH EPISODE_LENGTH make_task paper_reward FixedLength make_twin",
+    "ppo_atari = a2c_atari": "HUD game_name hud_boxes observe oracle_rewards_of Dropout decode_screens",
+    "ppo_mujoco": """
+        SEGMENT_LENGTH EPISODE_LENGTH make_task paper_reward FixedLength make_twin
+        simulator_state shown_steps render_states
+    """,
     "a2c_atari": "RMSpropTF",
 }
 
@@ -120,7 +124,7 @@ def test_names_that_scripts_share_come_in_the_same_order(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_sections_are_the_same_in_the_same_order(script):
     assert banners(source(script)) == banners(source(SCRIPTS[0])) != []
-    assert len(banners(source(script))) == 9
+    assert len(banners(source(script))) == 10
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

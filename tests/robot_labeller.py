@@ -1,0 +1,90 @@
+"""Robots that answer a label server's questions, through the HTTP interface that a person's browser uses.
+
+    LABEL_SERVER_TOKEN=<admin> python tests/robot_labeller.py --labellers 2 --delay 0.5 --mistakes 0.1
+
+With the admin's token a claim tells the true sums of both clips. A robot prefers the larger one, and answers "equal"
+where they are the same, as the scripts' --oracle does.
+"""
+
+import argparse
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+
+class Robot(threading.Thread):
+    """A labeller of its own name. delay: seconds per answer; mistakes: share of answers that are turned around;
+    undo: share of answers that it takes back and gives again. `answers` are those that were acknowledged, by query."""
+
+    def __init__(self, url: str, token: str, name: str, delay=0.0, mistakes=0.0, undo=0.0, seed=0):
+        super().__init__(daemon=True)
+        self.url, self.token, self.labeller = url, token, name
+        self.delay, self.mistakes, self.undo = delay, mistakes, undo
+        self.random, self.stopping, self.answers = random.Random(f"{name} {seed}"), threading.Event(), {}
+
+    def call(self, method: str, path: str, body: dict) -> dict:
+        """The reply; asked again until the server is there, as a page does."""
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        while True:
+            try:
+                request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method=method)
+                with urllib.request.urlopen(request, timeout=40) as reply:
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    raise RuntimeError(f"{error.code} {error.read().decode()}") from error
+            except OSError:
+                if self.stopping.is_set():
+                    raise
+            time.sleep(0.2)
+
+    def judge(self, pair: dict) -> str:
+        left, right = pair["sums"]
+        if left == right:
+            return "equal"
+        return "left" if (left > right) != (self.random.random() < self.mistakes) else "right"
+
+    def answer(self, pair: dict) -> str:
+        """Answer one pair; the answer's id."""
+        time.sleep(self.delay)
+        answer, body = uuid.uuid4().hex, {"labeller": self.labeller, "seconds": self.delay}
+        body |= {"id": answer, "serving": pair["serving"], "answer": self.judge(pair)}
+        self.call("POST", "/api/answers", body)
+        self.answers[pair["query"]] = body["answer"]
+        return answer
+
+    def run(self):
+        while not self.stopping.is_set():
+            pair = self.call("POST", "/api/claim", {"labeller": self.labeller, "run": None, "wait": 1})["pair"]
+            while pair:
+                answer = self.answer(pair)
+                pair = None
+                if self.random.random() < self.undo:
+                    body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
+                    pair = self.call("POST", f"/api/answers/{answer}/retract", body)["pair"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8765")
+    parser.add_argument("--labellers", type=int, default=1)
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds per answer")
+    parser.add_argument("--mistakes", type=float, default=0.0, help="share of answers that are turned around")
+    args = parser.parse_args()
+    robots = [
+        Robot(args.url, os.environ["LABEL_SERVER_TOKEN"], f"robot {i}", args.delay, args.mistakes)
+        for i in range(args.labellers)
+    ]
+    for robot in robots:
+        robot.start()
+    for robot in robots:
+        robot.join()
+
+
+if __name__ == "__main__":
+    main()

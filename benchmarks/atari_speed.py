@@ -1,6 +1,6 @@
 """Speed on Atari, side by side in one run: this repository's scripts, CleanRL's PPO, and the simulator alone.
 
-    python benchmarks/atari_speed.py --rounds 3        # a quarter of an hour on 2 cores; nothing else should run
+    python benchmarks/atari_speed.py --rounds 3        # twenty minutes on 2 cores; nothing else should run
 
 Rounds go A B C A B C, each in a process of its own, so that a machine that changes its speed does so for all. Writes
 benchmarks/atari_speed.csv: a row per round and candidate with the ratio to CleanRL's of the same round.
@@ -21,7 +21,8 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "ppo_atari_rlhf.py"
-OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1", "--checkpoint-every", "1000"]
+OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1", "--checkpoint-every", "100000"]
+A2C = [sys.executable, str(HERE.parent / "a2c_atari_rlhf.py"), *OURS[2:]]
 # 19 updates with policy and reward learning after one with initial labels; a label per 860 steps, against 1,820 at 10M
 ORACLE = ["--oracle", "--labels", "60", "--total-timesteps", "40960", "--pretrain-pairs", "1024"]
 SIMULATOR = """
@@ -44,13 +45,15 @@ def candidates(threads: int, device: str) -> dict:
         "ppo_atari_rlhf.py --oracle, a pair per 32 steps": [*OURS, *ORACLE, *hardware],
         "ppo_atari_rlhf.py --oracle, a pair per 10 steps": [*OURS, *ORACLE, *hardware, "--pairs-per-step", "0.1"],
         "ppo_atari_rlhf.py --true-reward": [*OURS, "--true-reward", "--total-timesteps", "32768", *hardware],
+        "a2c_atari_rlhf.py --oracle, a pair per 10 steps": [*A2C, *ORACLE, *hardware],
+        "a2c_atari_rlhf.py --oracle, a pair per 50 steps": [*A2C, *ORACLE, *hardware, "--pairs-per-step", "0.02"],
         "simulator alone, 16 environments": [sys.executable, "-c", SIMULATOR, str(SCRIPT.parent), str(threads)],
     }  # fmt: skip
 
 
 def measure(command: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        if str(SCRIPT) in command:
+        if "--eval-episodes" in command:
             subprocess.run([*command, "--runs-dir", folder], check=True, stdout=subprocess.DEVNULL)
             (summary,) = Path(folder).glob("*/summary.json")
             return json.loads(summary.read_text())["sps"]

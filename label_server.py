@@ -1,0 +1,1109 @@
+"""A web page where people compare two short clips, and the store behind it: human labels for the three trainers.
+
+    python label_server.py                       # prints a link for the people who label, and a line that starts a run
+    python label_server.py --instructions backflip.txt
+    python label_server.py --host 0.0.0.0 --database-url postgresql+psycopg://labels@localhost/labels
+
+"Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, appendix B. The plot:
+
+    a trainer registers its run and puts queries, each of two clips
+    a person claims a serving of the newest query that nobody holds; its sides are drawn at random
+    an answer is appended to the journal, and so is its undoing; nothing is ever changed there or taken out
+    when the person can hardly undo it any more, the answer is appended to the stream that the trainer reads
+
+People, trainers and this server may be on three machines, and many people and runs can share one server. Answers carry
+an id made by the page, so that sending one twice stores it once. All speak JSON over HTTP; /openapi.json lists it.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import math
+import os
+import random
+import re
+import secrets
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Literal
+
+import anyio.to_thread
+import sqlalchemy as sa
+import tyro
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as UrlPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field, StringConstraints
+
+SCHEMA_VERSION = 1
+LEASE = 90.0  # seconds that a pair is kept for one person; the page prolongs it
+GRACE = 5.0  # seconds before a trainer sees an answer, unless the same person answers again sooner
+REPEAT_GAP = 20  # answers between a pair and its repetition
+LONGEST_WAIT = 30.0  # seconds that a request may wait for news
+WAITING_REQUESTS = 200  # at once; each takes a thread
+QUERY_BYTES, OTHER_BYTES = 16 * 2**20, 64 * 2**10  # a body with two clips at most, and any other
+
+
+def fail(message: str):
+    """End on bad input: one sentence on stderr, exit code 2."""
+    print(f"label_server: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 opens the page to the network"""
+    port: int = 8765
+    """port to listen on; 0 takes a free one"""
+    public_url: str | None = None
+    """where people reach the page, if a tunnel or proxy stands before it: https://labels.example.org"""
+    database_url: str = "sqlite:///label_server.sqlite"
+    """where answers are kept; for a crowd postgresql+psycopg://user@host/name"""
+    instructions: Path | None = None
+    """text file with your own instructions for every task: the question on the first line, the rest below"""
+    repeat_frac: float = 0.05
+    """share of pairs shown to the same person again, with sides swapped: self-consistency; does not train"""
+    overlap_frac: float = 0.05
+    """share of pairs shown to a second person too: agreement; does not train. 0: no pair is shown to two people"""
+
+
+def check_args(args: Args) -> None:
+    for flag, share in (("--repeat-frac", args.repeat_frac), ("--overlap-frac", args.overlap_frac)):
+        if not 0 <= share <= 1:
+            fail(f"{flag} {share} lies outside [0, 1]")
+    if not 0 <= args.port < 2**16:
+        fail(f"--port {args.port} lies outside [0, 65535]")
+    if args.public_url and not re.fullmatch(r"https?://[\w.:\[\]-]+/?", args.public_url):
+        fail(f"--public-url {args.public_url} is not of the form https://host")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What people are told (the gist of appendix B; the first line is the question above the clips)
+# ----------------------------------------------------------------------------------------------------------------------
+GENERAL = """\
+Choose the clip in which better things happen.
+Judge only what you can see in the two clips. How the agent got there, its lives or its level do not matter.
+If both are about equally good, or equally bad, say so; that is an answer too. "Can't tell" is for pairs in which you \
+really don't see what is going on.
+You need not be sure. Most pairs take two or three seconds; the clips start again by themselves. A slip can be undone.
+"""
+GAME = """\
+If the agent is already dead in all of a clip, take it for average play. If you see it die, or may be about to, that \
+is clearly bad. Playing the game yourself for five minutes beforehand helps.
+"""
+ROBOT = "The camera follows the robot: its speed shows in the floor that passes by.\n"
+INSTRUCTIONS = {
+    "general": "Which clip is better?\n",
+    "Hopper-v5": f"""Which hopper gets further to the right?
+Follow its centre, the joint next to the pointed end. Moving left is worse than standing still. If both get equally \
+far, the one whose centre stays higher is better.
+{ROBOT}""",
+    "Walker2d-v5": f"""Which walker gets further to the right?
+Follow its centre, where the three limbs meet. If both get equally far, the one whose centre stays higher is better.
+{ROBOT}""",
+    "Swimmer-v5": f"""Which swimmer is faster to the right?
+Follow the mark in the middle of its body.
+{ROBOT}""",
+    "HalfCheetah-v5": f"""Which cheetah is faster to the right?
+{ROBOT}""",
+    "Ant-v5": f"""Which ant stands better?
+Standing upright comes first; if neither does, the one whose centre is higher is better. If both stand, the one that \
+is faster to the right is better.
+{ROBOT}""",
+    "Reacher-v5": """In which clip is the green dot closer to the red one?
+All of the clip counts: a dot that starts near and drifts away is worse than one that keeps a middle distance.
+""",
+    "InvertedPendulum-v5": """Which pole points up more?
+Many pairs are ties, because both poles have fallen. If you see neither pole, you can't tell; one that you see upright \
+is better than one that you don't see.
+""",
+    "InvertedDoublePendulum-v5": """Which double pole stands up better?
+Both poles should point up; after a fall, swinging back up is good, and so is a cart near the middle of its track. A \
+pole that is high and then low is worse than one at a medium height throughout.
+""",
+    "ALE/BeamRider-v5": f"""Who shoots more ships without being hit?
+Shooting enemy ships is good. Being shot is very bad.
+{GAME}""",
+    "ALE/Breakout-v5": f"""Who plays the better ball?
+Hitting the ball and breaking blocks is good. Losing the ball is bad.
+{GAME}""",
+    "ALE/Enduro-v5": """Who overtakes more cars?
+Passing other cars is good, being passed is bad. An empty road is fine.
+""",
+    "ALE/Pong-v5": """Who plays better: the green paddle on the right?
+The ball past the orange paddle on the left is good. The ball past the green paddle on the right is bad.
+""",
+    "ALE/Qbert-v5": f"""Who changes the colour of more blocks?
+Jumping on blocks that are not changed yet is good. Jumping off the edge or into an enemy is bad.
+{GAME}""",
+    "ALE/Seaquest-v5": f"""Who does better under water?
+Shooting fish and submarines is good, and so is picking up divers. Running out of air or being hit is bad.
+{GAME}""",
+    "ALE/SpaceInvaders-v5": f"""Who shoots more invaders without being hit?
+Shooting invaders is good. Being shot is bad.
+{GAME}""",
+}
+
+
+def read_instructions(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return INSTRUCTIONS
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--instructions {path} can't be read as text ({error})")
+    if not text:
+        fail(f"--instructions {path} is empty")
+    return {"general": text}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The store
+# ----------------------------------------------------------------------------------------------------------------------
+metadata = sa.MetaData()
+Uuid = sa.String(32)
+schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, primary_key=True))
+run = sa.Table(
+    "run",
+    metadata,
+    sa.Column("id", Uuid, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("env_id", sa.Text, nullable=False),
+    sa.Column("script", sa.Text, nullable=False),
+    sa.Column("labels", sa.Integer, nullable=False),
+    sa.Column("max_open", sa.Integer, nullable=False),
+    sa.Column("clip", sa.JSON, nullable=False),
+    sa.Column("finished", sa.Boolean, nullable=False, default=False),
+    sa.Column("time", sa.Double, nullable=False),
+)
+status = sa.Table(
+    "status",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("run", sa.ForeignKey("run.id"), nullable=False, index=True),
+    sa.Column("status", sa.JSON, nullable=False),
+    sa.Column("time", sa.Double, nullable=False),
+)
+query = sa.Table(
+    "query",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("id", Uuid, nullable=False, unique=True),
+    sa.Column("run", sa.ForeignKey("run.id"), nullable=False),
+    sa.Column("sum_first", sa.Double),
+    sa.Column("sum_second", sa.Double),
+    sa.Column("repeat_due", sa.Boolean, nullable=False),
+    sa.Column("overlap_due", sa.Boolean, nullable=False),
+    sa.Column("withdrawn", sa.Boolean, nullable=False, default=False),
+    # The event that is the first standing answer, and whether the trainer's stream has it already
+    sa.Column("answer", Uuid),
+    sa.Column("sent", sa.Boolean, nullable=False, default=False),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Index("query_state", "run", "sent", "answer"),
+)
+sprite = sa.Table(
+    "sprite",
+    metadata,
+    sa.Column("id", Uuid, primary_key=True),
+    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
+    sa.Column("clip", sa.Integer, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("query", "clip"),
+)
+serving = sa.Table(
+    "serving",
+    metadata,
+    sa.Column("id", Uuid, primary_key=True),
+    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
+    sa.Column("labeller", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, sa.CheckConstraint("kind in ('new', 'repeat', 'overlap')"), nullable=False),
+    sa.Column("swapped", sa.Boolean, nullable=False),
+    sa.Column("leased_until", sa.Double, nullable=False),
+    sa.Column("answer", Uuid),  # the event that stands
+    sa.Column("time", sa.Double, nullable=False),
+    sa.UniqueConstraint("query", "labeller", "kind"),
+    sa.Index("serving_labeller", "labeller", "answer"),
+)
+event = sa.Table(  # the journal: rows are only ever appended
+    "event",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("id", Uuid, nullable=False, unique=True),  # made by the client
+    sa.Column("kind", sa.Text, sa.CheckConstraint("kind in ('answer', 'retract')"), nullable=False),
+    sa.Column("serving", sa.ForeignKey("serving.id"), nullable=False),
+    sa.Column("labeller", sa.Text, nullable=False),
+    sa.Column("answer", sa.Text, sa.CheckConstraint("answer in ('first', 'second', 'equal', 'cant-tell')")),
+    sa.Column("retracts", Uuid),
+    sa.Column("late", sa.Boolean, nullable=False),
+    sa.Column("counted", sa.Boolean, nullable=False),
+    sa.Column("seconds", sa.Double),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Index("event_labeller", "labeller", "kind", "number"),
+)
+stream = sa.Table(  # what the trainers read, appended to as well
+    "stream",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("run", sa.ForeignKey("run.id"), nullable=False),
+    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("answer", sa.Text, nullable=False),
+    sa.Index("stream_run", "run", "seq"),
+)
+
+
+class Store:
+    """The database. One transaction writes at a time, so what is numbered in it is numbered in the order of commits.
+
+    A reader who asks for all after number n would otherwise miss rows for ever: PostgreSQL hands a number out before
+    the commit, and 8 may become visible after 9. An advisory lock is cheap beside the seconds that people take.
+
+    SQLite has a single connection behind a lock, and keeps other processes out: all versions up to 3.51.2 can corrupt a
+    database in WAL mode if two connections write and checkpoint at the same instant. FULL, since with NORMAL a commit
+    that somebody was told of can vanish with the power.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time):
+        try:
+            self.url = sa.make_url(url)
+        except sa.exc.ArgumentError:
+            fail(f"--database-url {url} is not a database URL like sqlite:///labels.sqlite")
+        self.clock = clock
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        if not self.is_sqlite and self.url.get_backend_name() != "postgresql":
+            fail(f"--database-url {url} is neither SQLite's nor PostgreSQL's")
+        self.lock = threading.Lock() if self.is_sqlite else nullcontext()
+        shown = self.url.render_as_string(hide_password=True)
+        if self.is_sqlite and self.url.database and not Path(self.url.database).absolute().parent.is_dir():
+            fail(f"--database-url {shown} lies in a directory that does not exist")
+        options = {"pool_pre_ping": True, "max_overflow": 20}
+        if self.is_sqlite:
+            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False, "timeout": 1}}
+        try:
+            self.engine = sa.create_engine(self.url, **options)
+            if self.is_sqlite:
+                sa.event.listen(self.engine, "connect", prepare_sqlite)
+                sa.event.listen(self.engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
+            with self.begin() as conn:
+                known = sa.inspect(conn).get_table_names()
+                version = conn.scalar(sa.select(schema_version.c.version)) if "schema_version" in known else None
+                if version is None and not known:
+                    metadata.create_all(conn)
+                    conn.execute(schema_version.insert().values(version=SCHEMA_VERSION))
+                elif version != SCHEMA_VERSION:
+                    found = "is not a label server's" if version is None else f"has schema version {version}"
+                    fail(f"--database-url {shown} {found}, this program writes version {SCHEMA_VERSION}: name another")
+        except (sa.exc.DBAPIError, sa.exc.NoSuchModuleError, ImportError) as error:
+            reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
+            if "locked" in reason:
+                reason = "another process has it open"
+            fail(f"--database-url {shown} can't be opened: {reason}")
+
+    @contextmanager
+    def begin(self, write: bool = True):
+        with self.lock, self.engine.begin() as conn:
+            if write and not self.is_sqlite:
+                conn.exec_driver_sql("SELECT pg_advisory_xact_lock(1706037410)")
+            yield conn
+
+
+def prepare_sqlite(connection: sqlite3.Connection, _):
+    connection.isolation_level = None  # so that SQLAlchemy, not sqlite3, says when a transaction begins
+    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Queries: what a trainer puts
+# ----------------------------------------------------------------------------------------------------------------------
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the header of a WebP file; ValueError if there is none, or the file was cut off."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        raise ValueError("is not a WebP image")
+    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise ValueError("is a WebP image that was cut off")
+    chunk, body = data[12:16], data[20:30]
+    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    if chunk == b"VP8L" and body[0] == 0x2F:
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    raise ValueError("is a WebP image without a size")
+
+
+def decode_clip(number: int, text: str, clip: dict) -> bytes:
+    """The sprite sheet, if it is one and has the run's shape."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise HTTPException(422, f"clips[{number}] is not base64") from None
+    try:
+        found = webp_size(data)
+    except ValueError as error:
+        raise HTTPException(422, f"clips[{number}] {error}") from None
+    expected = clip["columns"] * clip["width"], math.ceil(clip["frames"] / clip["columns"]) * clip["height"]
+    if found != expected:
+        raise HTTPException(
+            422, f"clips[{number}] is {found[0]}x{found[1]}, this run's are {expected[0]}x{expected[1]}"
+        )
+    return data
+
+
+def is_held(now: float):
+    """Somebody has the query before them: that needs no sweeper to end."""
+    of_query = serving.c.query == query.c.id
+    return sa.exists().where(of_query, serving.c.answer.is_(None), serving.c.leased_until > now).correlate(query)
+
+
+def is_open(run_id: str):
+    return sa.and_(query.c.run == run_id, ~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn)
+
+
+def count_open(conn, run_id: str) -> int:
+    return conn.scalar(sa.select(sa.func.count()).select_from(query).where(is_open(run_id)))
+
+
+def put_run(conn, now: float, run_id: str, body: dict) -> dict:
+    known = conn.execute(sa.select(run).where(run.c.id == run_id)).mappings().first()
+    for name in ("env_id", "script", "clip") if known else ():
+        if known[name] != body[name]:
+            raise HTTPException(409, f"this run is registered with another {name}: {known[name]}")
+    if known:
+        changing = {name: body[name] for name in ("name", "labels", "max_open")}
+        conn.execute(run.update().where(run.c.id == run_id).values(**changing))
+    else:
+        conn.execute(run.insert().values(id=run_id, time=now, **body))
+    return {"known": conn.scalars(sa.select(query.c.id).where(query.c.run == run_id).order_by(query.c.number)).all()}
+
+
+def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) -> dict:
+    of_run = conn.execute(sa.select(run).where(run.c.id == body.run)).mappings().first()
+    if not of_run:
+        raise HTTPException(404, "no such run: register it first")
+    clips = [decode_clip(i, text, of_run["clip"]) for i, text in enumerate(body.clips)]
+    known = conn.scalar(sa.select(query.c.run).where(query.c.id == query_id))
+    if known:
+        stored = conn.scalars(sa.select(sprite.c.data).where(sprite.c.query == query_id).order_by(sprite.c.clip)).all()
+        if known != body.run or stored != clips:
+            raise HTTPException(409, "this id belongs to another query")
+        return {"open": count_open(conn, body.run)}
+    first, second = body.sums
+    shares = {"repeat_due": random.random() < args.repeat_frac, "overlap_due": random.random() < args.overlap_frac}
+    values = {"id": query_id, "run": body.run, "sum_first": first, "sum_second": second, "time": now, **shares}
+    conn.execute(query.insert().values(**values))
+    sprites = [{"id": uuid.uuid4().hex, "query": query_id, "clip": i, "data": data} for i, data in enumerate(clips)]
+    conn.execute(sprite.insert(), sprites)
+    opened = count_open(conn, body.run)
+    surplus = max(0, opened - of_run["max_open"])
+    oldest = sa.select(query.c.id).where(is_open(body.run), ~is_held(now)).order_by(query.c.number).limit(surplus)
+    withdrawn = conn.scalars(oldest).all() if surplus else []
+    if withdrawn:
+        conn.execute(query.update().where(query.c.id.in_(withdrawn)).values(withdrawn=True))
+    return {"open": opened - len(withdrawn)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Servings and answers: what a person does
+# ----------------------------------------------------------------------------------------------------------------------
+def choose(conn, now: float, labeller: str, run_id: str | None):
+    """What to show next, and as what: a repetition or second opinion that is due, else the newest open query."""
+    live = query.c.run.in_(sa.select(run.c.id).where(~run.c.finished, run.c.id == run_id if run_id else sa.true()))
+    candidates = sa.select(query.c.id).where(live, ~is_held(now)).limit(1)
+    mine = sa.exists().where(serving.c.query == query.c.id, serving.c.labeller == labeller).correlate(query)
+    later = event.alias()
+    since = sa.select(sa.func.count()).where(
+        later.c.labeller == labeller, later.c.kind == "answer", later.c.number > event.c.number
+    )
+    repeats = candidates.join(event, event.c.id == query.c.answer).order_by(query.c.number)
+    repeats = repeats.where(
+        query.c.repeat_due, event.c.labeller == labeller, since.scalar_subquery().correlate(event) >= REPEAT_GAP
+    )
+    overlaps = candidates.where(
+        query.c.overlap_due,
+        query.c.answer.is_not(None),
+        ~mine.where(sa.or_(serving.c.kind != "overlap", serving.c.answer.is_not(None))),
+    ).order_by(query.c.number.desc())
+    fresh = candidates.where(
+        ~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn, ~mine.where(serving.c.answer.is_not(None))
+    ).order_by(query.c.number.desc())
+    for kind, statement in (("repeat", repeats), ("overlap", overlaps), ("new", fresh)):
+        chosen = conn.scalar(statement)
+        if chosen:
+            return kind, chosen
+    return None, None
+
+
+def claim(conn, now: float, labeller: str, run_id: str | None, is_admin: bool) -> dict | None:
+    kind, chosen = choose(conn, now, labeller, run_id)
+    if not chosen:
+        return None
+    of_mine = sa.and_(serving.c.query == chosen, serving.c.labeller == labeller)
+    # A pair whose lease ran out comes back as the same serving: a page that still has it shows it once
+    known = conn.scalar(sa.select(serving.c.id).where(of_mine, serving.c.kind == kind))
+    if known:
+        conn.execute(serving.update().where(serving.c.id == known).values(leased_until=now + LEASE))
+        return describe(conn, known, is_admin)
+    swapped = random.random() < 0.5
+    if kind == "repeat":
+        swapped = not conn.scalar(sa.select(serving.c.swapped).where(of_mine, serving.c.kind == "new"))
+    values = {"id": uuid.uuid4().hex, "query": chosen, "labeller": labeller, "kind": kind, "swapped": swapped}
+    conn.execute(serving.insert().values(**values, leased_until=now + LEASE, time=now))
+    return describe(conn, values["id"], is_admin)
+
+
+def describe(conn, serving_id: str, is_admin: bool) -> dict:
+    """A serving as the page gets it; who may label does not learn the run or the true sums."""
+    joined = sa.join(sa.join(serving, query, serving.c.query == query.c.id), run, query.c.run == run.c.id)
+    columns = (
+        serving.c.swapped,
+        query.c.id,
+        query.c.run,
+        query.c.sum_first,
+        query.c.sum_second,
+        run.c.clip,
+        run.c.env_id,
+    )
+    row = conn.execute(sa.select(*columns).select_from(joined).where(serving.c.id == serving_id)).one()
+    sides = conn.scalars(sa.select(sprite.c.id).where(sprite.c.query == row.id).order_by(sprite.c.clip)).all()
+    sums = [row.sum_first, row.sum_second]
+    if row.swapped:
+        sides, sums = sides[::-1], sums[::-1]
+    left, right = (f"/api/sprites/{side}" for side in sides)
+    pair = {"serving": serving_id, "left": left, "right": right, "clip": row.clip, "task": row.env_id}
+    pair |= {"instructions": row.env_id if row.env_id in INSTRUCTIONS else "general", "lease": LEASE}
+    return pair | ({"query": row.id, "run": row.run, "sums": sums} if is_admin else {})
+
+
+def find_serving(conn, serving_id: str):
+    columns = (*serving.c, query.c.run, query.c.answer.label("standing"), query.c.sent)
+    joined = sa.join(serving, query, serving.c.query == query.c.id)
+    row = conn.execute(sa.select(*columns).select_from(joined).where(serving.c.id == serving_id)).first()
+    if not row:
+        raise HTTPException(404, "no such serving")
+    return row
+
+
+def extend(conn, now: float, serving_id: str) -> None:
+    found = find_serving(conn, serving_id)
+    others = sa.select(serving.c.id).where(serving.c.query == found.query, serving.c.id != serving_id)
+    held = conn.scalar(others.where(serving.c.answer.is_(None), serving.c.leased_until > now).limit(1))
+    if found.answer or held or (found.kind == "new" and found.standing):
+        raise HTTPException(409, "this pair is answered, or somebody else has it now")
+    conn.execute(serving.update().where(serving.c.id == serving_id).values(leased_until=now + LEASE))
+
+
+def record_answer(conn, now: float, body: "AnswerBody") -> dict:
+    known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
+    if known:
+        if (known.kind, known.serving, known.labeller) != ("answer", body.serving, body.labeller):
+            raise HTTPException(409, "this id belongs to another answer")
+        return {"late": known.late, "counted": known.counted}
+    found = find_serving(conn, body.serving)
+    if found.labeller != body.labeller:
+        raise HTTPException(403, "this pair was served to somebody else")
+    if found.answer:
+        raise HTTPException(409, "this pair has been answered; retract that answer first")
+    sides = {"left": ("first", "second")[found.swapped], "right": ("second", "first")[found.swapped]}
+    late, counted = found.leased_until < now, found.kind == "new" and found.standing is None
+    values = {"id": body.id, "kind": "answer", "serving": body.serving, "labeller": body.labeller, "late": late}
+    values |= {"answer": sides.get(body.answer, body.answer), "counted": counted, "seconds": body.seconds, "time": now}
+    conn.execute(event.insert().values(**values))
+    conn.execute(serving.update().where(serving.c.id == body.serving).values(answer=body.id))
+    if counted:
+        conn.execute(query.update().where(query.c.id == found.query).values(answer=body.id, sent=False))
+    elif found.kind != "new":
+        conn.execute(query.update().where(query.c.id == found.query).values({f"{found.kind}_due": False}))
+    return {"late": late, "counted": counted}
+
+
+def record_retract(conn, now: float, answer_id: str, body: "RetractBody", is_admin: bool) -> dict:
+    answer = conn.execute(sa.select(event).where(event.c.id == answer_id, event.c.kind == "answer")).first()
+    if not answer:
+        raise HTTPException(404, "no such answer")
+    if answer.labeller != body.labeller:
+        raise HTTPException(403, "this answer is somebody else's")
+    known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
+    if known and known.retracts != answer_id:
+        raise HTTPException(409, "this id belongs to another event")
+    found = find_serving(conn, answer.serving)
+    if found.answer == answer_id:
+        values = {"id": body.id, "kind": "retract", "serving": answer.serving, "labeller": body.labeller, "time": now}
+        values |= {"answer": answer.answer, "retracts": answer_id, "late": False, "counted": answer.counted}
+        conn.execute(event.insert().values(**values))
+        conn.execute(serving.update().where(serving.c.id == found.id).values(answer=None, leased_until=now + LEASE))
+        if found.standing == answer_id:
+            if found.sent:
+                values = {"run": found.run, "query": found.query, "kind": "retract", "answer": answer.answer}
+                conn.execute(stream.insert().values(**values))
+            conn.execute(query.update().where(query.c.id == found.query).values(answer=None, sent=False))
+        elif found.kind != "new":
+            conn.execute(query.update().where(query.c.id == found.query).values({f"{found.kind}_due": True}))
+    elif found.answer:
+        return {"pair": None}
+    return {"pair": describe(conn, found.id, is_admin)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stream: what a trainer gets back
+# ----------------------------------------------------------------------------------------------------------------------
+def release(conn, now: float, run_id: str) -> None:
+    """Append to the stream what nobody is about to undo. Whether the trainer has an answer is thus a stored fact."""
+    later = event.alias()
+    answered_since = sa.exists().where(
+        later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number
+    )
+    due = conn.execute(
+        sa.select(query.c.id, event.c.answer)
+        .join(event, event.c.id == query.c.answer)
+        .where(
+            query.c.run == run_id, ~query.c.sent, sa.or_(event.c.time <= now - GRACE, answered_since.correlate(event))
+        )
+        .order_by(event.c.number)
+    ).all()
+    for row in due:
+        conn.execute(stream.insert().values(run=run_id, query=row.id, kind="answer", answer=row.answer))
+    conn.execute(query.update().where(query.c.id.in_([row.id for row in due])).values(sent=True)) if due else None
+
+
+def read_events(conn, now: float, run_id: str, after: int) -> dict:
+    if not conn.scalar(sa.select(run.c.id).where(run.c.id == run_id)):
+        raise HTTPException(404, "no such run")
+    release(conn, now, run_id)
+    columns = (stream.c.seq, stream.c.query, stream.c.kind, stream.c.answer)
+    rows = conn.execute(
+        sa.select(*columns).where(stream.c.run == run_id, stream.c.seq > after).order_by(stream.c.seq).limit(1000)
+    )
+    events = [dict(row) for row in rows.mappings()]
+    return {"events": events, "open": count_open(conn, run_id), "seq": events[-1]["seq"] if events else after}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress and statistics
+# ----------------------------------------------------------------------------------------------------------------------
+def latest_status(conn, run_id: str) -> dict:
+    newest = sa.select(status.c.status).where(status.c.run == run_id).order_by(status.c.number.desc()).limit(1)
+    return conn.scalar(newest) or {}
+
+
+def count_labels(conn, run_id: str) -> int:
+    """Answers that train. The trainer counts the same, some seconds later."""
+    training = sa.select(sa.func.count()).select_from(sa.join(query, event, event.c.id == query.c.answer))
+    return conn.scalar(training.where(query.c.run == run_id, event.c.answer != "cant-tell"))
+
+
+def progress(conn, now: float, labeller: str) -> dict:
+    runs = []
+    for row in conn.execute(sa.select(run).order_by(run.c.time)).all():
+        told = latest_status(conn, row.id)
+        entry = {"run": row.id, "task": row.env_id, "labels": row.labels, "labels_used": count_labels(conn, row.id)}
+        entry |= {"labels_due": told.get("labels_due", 0), "open": count_open(conn, row.id)}
+        runs.append(entry | {"waiting": told.get("waiting", False), "finished": row.finished})
+    mine = sa.select(sa.func.count()).select_from(sa.join(serving, event, serving.c.answer == event.c.id))
+    mine = mine.where(serving.c.labeller == labeller)
+    midnight = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+    recent = sa.select(event.c.time).where(event.c.labeller == labeller, event.c.kind == "answer")
+    recent = conn.scalars(recent.where(event.c.time > now - 300).order_by(event.c.time)).all()
+    minutes = (now - recent[0]) / 60 if recent else 0
+    return {
+        "runs": runs,
+        "answered": conn.scalar(mine),
+        "today": conn.scalar(mine.where(event.c.time >= midnight)),
+        "per_minute": (len(recent) - 1) / minutes if len(recent) > 1 and minutes > 0 else 0.0,
+    }
+
+
+def binomial_interval(k: int, n: int) -> tuple[float, float] | None:
+    """Wilson's 95 % interval, which stays inside [0, 1] and is right for few answers too."""
+    if not n:
+        return None
+    z, p = 1.959964, k / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def cohen_kappa(pairs: list[tuple[str, str]]) -> float | None:
+    """Agreement of two raters beyond what their own habits would give by chance: 1 is perfect, 0 chance."""
+    if not pairs:
+        return None
+    agreed = sum(a == b for a, b in pairs) / len(pairs)
+    ours, theirs = zip(*pairs, strict=True)
+    chance = sum(ours.count(c) * theirs.count(c) for c in set(ours)) / len(pairs) ** 2
+    return (agreed - chance) / (1 - chance) if chance < 1 else None
+
+
+def share(k: int, n: int) -> dict:
+    return {"k": k, "n": n, "share": k / n if n else None, "interval": binomial_interval(k, n)}
+
+
+def summarise(answers: list, repeats: list[tuple[str, str]], opinions: list[tuple[str, str]]) -> dict:
+    """Of one person, one run, or all: habits, consistency, agreement with others and with the true sums."""
+    n, decisive = len(answers), [a for a in answers if a.answer in ("first", "second")]
+    gaps = [b.time - a.time for a, b in pairwise(answers) if b.time - a.time < 60]  # longer ones are breaks
+    judged = [a for a in decisive if None not in (a.sum_first, a.sum_second) and a.sum_first != a.sum_second]
+    seconds = [a.seconds for a in answers if a.seconds is not None]
+    return {
+        "answers": n,
+        "per_minute": 60 * len(gaps) / sum(gaps) if sum(gaps) else None,
+        "seconds": median(seconds) if seconds else None,
+        "equal": share(sum(a.answer == "equal" for a in answers), n),
+        "cant_tell": share(sum(a.answer == "cant-tell" for a in answers), n),
+        "left": share(sum((a.answer == "second") == a.swapped for a in decisive), len(decisive)),
+        "consistent": share(sum(a == b for a, b in repeats), len(repeats)),
+        "agree": share(sum(a == b for a, b in opinions), len(opinions)),
+        "kappa": cohen_kappa(opinions),
+        "true": share(sum((a.answer == "first") == (a.sum_first > a.sum_second) for a in judged), len(judged)),
+    }
+
+
+def thin(points: list) -> list:
+    """At most 500 points of a curve, the last one always."""
+    step = math.ceil(len(points) / 500) or 1
+    return points[::-1][::step][::-1]
+
+
+def read_journal(conn) -> tuple[list, list, list]:
+    columns = (event.c.time, event.c.labeller, event.c.answer, event.c.counted, event.c.late, event.c.seconds)
+    columns += (serving.c.kind, serving.c.swapped, serving.c.query, query.c.run, query.c.sum_first, query.c.sum_second)
+    joined = sa.join(sa.join(event, serving, serving.c.answer == event.c.id), query, query.c.id == serving.c.query)
+    answers = conn.execute(sa.select(*columns).select_from(joined).order_by(event.c.number)).all()
+    runs = conn.execute(sa.select(run).order_by(run.c.time)).mappings().all()
+    runs = [{**row, "open": count_open(conn, row["id"]), "status": latest_status(conn, row["id"])} for row in runs]
+    return answers, runs, conn.execute(sa.select(status).order_by(status.c.number)).all()
+
+
+def statistics(answers: list, runs: list[dict], history: list) -> dict:
+    first_said, others_said = {}, {}  # by query and person; by query
+    repeats, opinions = [], []  # (run, people, answers)
+    for a in answers:
+        if a.kind == "repeat":
+            before = first_said.get((a.query, a.labeller))
+            repeats += [(a.run, [a.labeller], (before, a.answer))] if before else []
+            continue
+        first_said[a.query, a.labeller] = a.answer
+        for labeller, answer in others_said.setdefault(a.query, []):
+            if "cant-tell" not in (answer, a.answer):
+                opinions.append((a.run, [labeller, a.labeller], (answer, a.answer)))
+        others_said[a.query].append((a.labeller, a.answer))
+
+    def of_labeller(name):
+        turned = [pair[::-1] if people[1] == name else pair for _, people, pair in opinions if name in people]
+        mine = [a for a in answers if a.labeller == name]
+        return {"labeller": name} | summarise(mine, [p for _, who, p in repeats if name in who], turned)
+
+    def of_run(row):
+        mine = [a for a in answers if a.run == row["id"]]
+        labels = [a.time for a in mine if a.counted and a.answer != "cant-tell"]
+        told = [h for h in history if h.run == row["id"] and h.status["accuracy_heldout"] is not None]
+        rates = [[pair for of, _, pair in source if of == row["id"]] for source in (repeats, opinions)]
+        return {
+            **{name: row[name] for name in ("id", "name", "env_id", "script", "labels", "finished", "open", "status")},
+            "counted": len(labels),
+            "late": sum(a.late for a in mine),
+            "labels_over_time": thin([[t, i + 1] for i, t in enumerate(labels)]),
+            "accuracy_over_time": thin([[h.time, h.status["accuracy_heldout"]] for h in told]),
+        } | summarise(mine, *rates)
+
+    people = sorted({a.labeller for a in answers})
+    everything = summarise(answers, [p for *_, p in repeats], [p for *_, p in opinions])
+    return {"all": everything, "labellers": [of_labeller(p) for p in people], "runs": [of_run(row) for row in runs]}
+
+
+def export(conn) -> list[dict]:
+    columns = (event, serving.c.query, serving.c.kind.label("serving_kind"), serving.c.swapped, query.c.run)
+    columns += (query.c.sum_first, query.c.sum_second)
+    joined = sa.join(sa.join(event, serving, serving.c.id == event.c.serving), query, query.c.id == serving.c.query)
+    rows = conn.execute(sa.select(*columns).select_from(joined).order_by(event.c.number)).mappings()
+    return [dict(row) for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests: who may send what
+# ----------------------------------------------------------------------------------------------------------------------
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_WAIT)]
+
+
+class ClipBody(BaseModel):
+    frames: Annotated[int, Field(ge=1, le=10_000)]
+    width: Annotated[int, Field(ge=1, le=4096)]
+    height: Annotated[int, Field(ge=1, le=4096)]
+    columns: Annotated[int, Field(ge=1, le=10_000)]
+    fps: Annotated[float, Field(gt=0, le=1000)]
+    pixelated: bool
+
+
+class RunBody(BaseModel):
+    name: Line
+    env_id: Line
+    script: Line
+    labels: Count
+    max_open: Annotated[int, Field(ge=1, lt=2**31)]
+    clip: ClipBody
+
+
+class QueryBody(BaseModel):
+    run: Id
+    clips: tuple[str, str]
+    sums: tuple[Finite | None, Finite | None]
+
+
+class StatusBody(BaseModel):
+    global_step: Count
+    total_timesteps: Count
+    labels_used: Count
+    labels_due: Count
+    labels: Count
+    accuracy_heldout: Finite | None
+    waiting: bool
+    finished: bool
+
+
+class ClaimBody(BaseModel):
+    labeller: Name
+    run: Id | None = None
+    wait: Seconds = 0.0
+
+
+class AnswerBody(BaseModel):
+    id: Id
+    serving: Id
+    labeller: Name
+    answer: Literal["left", "right", "equal", "cant-tell"]
+    seconds: Annotated[float, Field(ge=0, le=1e6)]
+
+
+class RetractBody(BaseModel):
+    id: Id
+    labeller: Name
+
+
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'",
+}
+
+
+class Guard:
+    """What a request must pass before its body is read: host, token, origin. And the headers of every reply."""
+
+    def __init__(self, app, role_of: Callable[[str], str | None], cookie: str, hosts: set[str] | None):
+        self.app, self.role_of, self.cookie, self.hosts = app, role_of, cookie, hosts
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope)
+        limit, received = QUERY_BYTES if request.url.path.startswith("/api/queries/") else OTHER_BYTES, 0
+
+        async def receive_some():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, f"a body of more than {limit} bytes is too large here")
+            return message
+
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                kept = {name for name, _ in message["headers"]}
+                message["headers"] += [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in kept]
+            await send(message)
+
+        refusal = self.refuse(request)
+        answer = JSONResponse({"detail": refusal[1]}, refusal[0]) if refusal else self.app
+        await answer(scope, receive_some, send_with_headers)
+
+    def refuse(self, request: Request) -> tuple[int, str] | None:
+        host = request.headers.get("host", "")
+        # A page whose name was rebound to 127.0.0.1 reaches a local server, but under its own name
+        if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
+            return 400, "this server does not go by that name; see --public-url"
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        by_cookie = not scheme and self.cookie in request.cookies
+        token = request.cookies[self.cookie] if by_cookie else token if scheme.lower() == "bearer" else ""
+        request.state.role = self.role_of(token)
+        if request.url.path in ("/", "/stats", "/openapi.json"):  # the pages look at the token of their link
+            return None
+        if request.state.role is None:
+            return 401, "a valid token is needed: open the link that the server printed, or send it as a bearer token"
+        if by_cookie and request.method not in ("GET", "HEAD"):  # the browser adds it, whichever site asked
+            site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
+            if site not in ("same-origin", "none") if site else origin.partition("://")[2] != host:
+                return 403, "this request comes from another site"
+        return None
+
+
+def needs(role: str):
+    """An endpoint for this role, and for the admin."""
+
+    async def check(request: Request):  # async, as it waits for nothing: a plain function would cost a thread
+        if request.state.role not in (role, "admin"):
+            raise HTTPException(403, f"this needs the {role}'s token, not the {request.state.role}'s")
+
+    return Depends(check)
+
+
+def read_tokens(path: Path, url: str) -> dict[str, str]:
+    """The tokens of the last start, so that links stay valid, or new ones; only the owner may read the file."""
+    tokens = {role: secrets.token_urlsafe(32) for role in ("trainer", "labeller", "admin")}
+    try:
+        if path.exists():
+            known = json.loads(path.read_text())
+            tokens = {role: str(known[role]) for role in tokens}
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.unlink(missing_ok=True)
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({"url": url} | tokens, file)
+        fresh.replace(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"the tokens in {path} can't be kept ({error!r}); remove the file to make new ones")
+    return tokens
+
+
+def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
+    instructions = {"rules": GENERAL, "tasks": read_instructions(args.instructions)}
+    digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ("trainer", "labeller", "admin")}
+    cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
+    local = args.host in ("localhost", "::1") or args.host.startswith("127.")
+    hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if local else None
+    if hosts and args.public_url:
+        hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url))
+    news = {"queries": threading.Condition(), "answers": threading.Condition()}
+    waiting = threading.Semaphore(WAITING_REQUESTS)
+
+    def role_of(token: str) -> str | None:
+        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+        return next((role for role, known in digests.items() if hmac.compare_digest(known, digest)), None)
+
+    def ring(topic: str) -> None:
+        with news[topic]:
+            news[topic].notify_all()
+
+    def poll(attempt: Callable, topic: str, seconds: float):
+        """Try until it gives something or the time is over. The bell tells of news, only the clock of ended leases."""
+        deadline = time.monotonic() + seconds
+        found = attempt()
+        if found or not seconds or not waiting.acquire(blocking=False):
+            return found
+        try:
+            while not found and time.monotonic() < deadline and not stopping():
+                with news[topic]:
+                    news[topic].wait(min(1.0, max(0.0, deadline - time.monotonic())))
+                found = attempt()
+            return found
+        finally:
+            waiting.release()
+
+    @asynccontextmanager
+    async def lifespan(_):
+        anyio.to_thread.current_default_thread_limiter().total_tokens = WAITING_REQUESTS + 40
+        yield
+
+    app = FastAPI(title="label_server", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Guard, role_of=role_of, cookie=cookie, hosts=hosts)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_values(_, error: RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"detail": f"{where}: {first['msg']}".encode(errors="replace").decode()}, 422)
+
+    @app.exception_handler(sa.exc.OperationalError)
+    async def database_away(*_):
+        return JSONResponse({"detail": "the database can't be reached; try again"}, 503)
+
+    def page(request: Request, token: str | None, script: str, roles: set[str]) -> HTMLResponse:
+        """The page itself, not a redirect: a cookie for this site only would not survive one that began in a web mail.
+
+        Nor would it be sent if such a page is loaded again. So a stranger gets the page too, with a 401, and its script
+        asks the API, with the cookie if there is one.
+        """
+        role = request.state.role if token is None else role_of(token)
+        nonce = secrets.token_urlsafe(16)
+        only = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+        only += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        html = PAGE.replace("NONCE", nonce).replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", script)
+        reply = HTMLResponse(html, 200 if role in roles else 403 if role else 401, {"content-security-policy": only})
+        if token and role:
+            secure = request.url.scheme == "https"
+            reply.set_cookie(cookie, token, 365 * 86400, httponly=True, samesite="strict", secure=secure)
+        return reply
+
+    @app.get("/", response_class=HTMLResponse)
+    def label_page(request: Request, token: str | None = None):
+        return page(request, token, LABEL_SCRIPT, {"labeller", "admin"})
+
+    @app.get("/stats", response_class=HTMLResponse)
+    def stats_page(request: Request, token: str | None = None):
+        return page(request, token, STATS_SCRIPT, {"admin"})
+
+    # Trainer
+    @app.put("/api/runs/{run_id}", dependencies=[needs("trainer")])
+    def put_run_(run_id: Annotated[Id, UrlPath()], body: RunBody):
+        with store.begin() as conn:
+            return put_run(conn, store.clock(), run_id, body.model_dump())
+
+    @app.put("/api/queries/{query_id}", dependencies=[needs("trainer")])
+    def put_query_(query_id: Annotated[Id, UrlPath()], body: QueryBody):
+        with store.begin() as conn:
+            reply = put_query(conn, store.clock(), query_id, body, args)
+        ring("queries")
+        return reply
+
+    @app.get("/api/runs/{run_id}/events", dependencies=[needs("trainer")])
+    def read_events_(run_id: Annotated[Id, UrlPath()], after: Count = 0, wait: Seconds = 0.0):
+        def attempt():
+            with store.begin() as conn:
+                replies.append(read_events(conn, store.clock(), run_id, after))
+            return replies[-1]["events"]
+
+        replies = []
+        poll(attempt, "answers", wait)
+        return replies[-1]
+
+    @app.post("/api/runs/{run_id}/status", dependencies=[needs("trainer")], status_code=204)
+    def put_status_(run_id: Annotated[Id, UrlPath()], body: StatusBody):
+        with store.begin() as conn:
+            known = conn.execute(run.update().where(run.c.id == run_id).values(finished=body.finished))
+            if not known.rowcount:
+                raise HTTPException(404, "no such run")
+            conn.execute(status.insert().values(run=run_id, status=body.model_dump(), time=store.clock()))
+
+    # Labeller
+    @app.post("/api/claim", dependencies=[needs("labeller")])
+    def claim_(request: Request, body: ClaimBody):
+        def attempt():
+            with store.begin() as conn:
+                return claim(conn, store.clock(), body.labeller, body.run, request.state.role == "admin")
+
+        return {"pair": poll(attempt, "queries", body.wait)}
+
+    @app.get("/api/sprites/{sprite_id}", dependencies=[needs("labeller")])
+    def read_sprite_(sprite_id: Annotated[Id, UrlPath()]):
+        with store.begin(write=False) as conn:
+            data = conn.scalar(sa.select(sprite.c.data).where(sprite.c.id == sprite_id))
+        if data is None:
+            raise HTTPException(404, "no such sprite")
+        return Response(data, 200, {"cache-control": "private, max-age=31536000, immutable"}, "image/webp")
+
+    @app.get("/api/instructions", dependencies=[needs("labeller")])
+    def read_instructions_():
+        return instructions
+
+    @app.post("/api/servings/{serving_id}/extend", dependencies=[needs("labeller")], status_code=204)
+    def extend_(serving_id: Annotated[Id, UrlPath()]):
+        with store.begin() as conn:
+            extend(conn, store.clock(), serving_id)
+
+    @app.post("/api/answers", dependencies=[needs("labeller")])
+    def record_answer_(body: AnswerBody):
+        with store.begin() as conn:
+            reply = record_answer(conn, store.clock(), body)
+        ring("answers")
+        return reply
+
+    @app.post("/api/answers/{answer_id}/retract", dependencies=[needs("labeller")])
+    def record_retract_(request: Request, answer_id: Annotated[Id, UrlPath()], body: RetractBody):
+        with store.begin() as conn:
+            reply = record_retract(conn, store.clock(), answer_id, body, request.state.role == "admin")
+        ring("answers")
+        return reply
+
+    @app.get("/api/progress", dependencies=[needs("labeller")])
+    def progress_(labeller: Annotated[Name, Query()]):
+        with store.begin(write=False) as conn:
+            return progress(conn, store.clock(), labeller)
+
+    # Admin
+    @app.get("/api/stats", dependencies=[needs("admin")])
+    def statistics_():
+        with store.begin(write=False) as conn:
+            journal = read_journal(conn)
+        return statistics(*journal)
+
+    @app.get("/export.jsonl", dependencies=[needs("admin")])
+    def export_():
+        with store.begin(write=False) as conn:
+            events = export(conn)
+        headers = {"content-disposition": 'attachment; filename="labels.jsonl"'}
+        return StreamingResponse((json.dumps(e) + "\n" for e in events), 200, headers, "application/jsonl")
+
+    return app
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pages
+# ----------------------------------------------------------------------------------------------------------------------
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Which clip is better?</title>
+<style nonce="NONCE">/*STYLE*/</style><body><script nonce="NONCE">/*SCRIPT*/</script></body></html>
+"""
+STYLE = LABEL_SCRIPT = STATS_SCRIPT = ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    check_args(args)
+    read_instructions(args.instructions)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:  # before anything is written
+        listener.bind((args.host, args.port))
+        listener.listen(128)
+    except OSError as error:
+        fail(f"can't listen on {args.host} port {args.port}: {error.strerror or error}; choose another --port")
+    args.port = listener.getsockname()[1]
+    store = Store(args.database_url)
+    named = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
+    url = args.public_url or f"http://{f'[{named}]' if ':' in named else named}:{args.port}"
+    url = url.rstrip("/")
+    folder = Path(store.url.database).parent if store.is_sqlite and store.url.database else Path()
+    tokens = read_tokens(folder / "label_server.tokens", url)
+    server = None
+    app = make_app(store, tokens, args, stopping=lambda: server.should_exit)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5))
+    shown = store.url.render_as_string(hide_password=True)
+    if store.is_sqlite:
+        shown += f" (SQLite {sqlite3.sqlite_version}, one connection, synchronous=FULL)"
+    print(f"label here:       {url}/?token={tokens['labeller']}")
+    print(f"start a trainer:  python ppo_mujoco_rlhf.py --human --labels 700 --label-server {url}")
+    print(f"watch the labels: {url}/stats?token={tokens['admin']}")
+    print(f"kept in:          {shown}", flush=True)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -44,8 +44,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def collect(folder: Path) -> None:
-    """Add a run's row to its table and its curves, a point per 20,000 steps, to curves/<run>.csv."""
+def collect(folder: Path, table: str | None = None, **columns) -> None:
+    """Add a run's row to its table, and its curves, a point per 20,000 steps, to curves/<run>.csv."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     random = folder.name == "random"  # what --evaluate RUN --random left
@@ -54,8 +54,8 @@ def collect(folder: Path) -> None:
     row = json.loads((folder / "summary.json").read_text())
     command = f"python {run['script']}.py --evaluate {run_dir.name} --random" if random else run["command"]
     command = re.sub(r" --runs-dir \S+", "", command)
-    row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command}
-    table = HERE / ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv")
+    row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command} | columns
+    table = HERE / (table or ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv"))
     rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != row["run"]]
     write_csv(table, [*rows, row])
     if random:
@@ -183,9 +183,33 @@ def draw_mujoco() -> None:
         )
 
 
+def draw_human() -> None:
+    """Per task, the true return over steps and the labels over steps, of runs by --human and of the oracle's."""
+    rows = read_csv(HERE / "human.csv")
+    tasks = sorted({row["env_id"] for row in rows})
+    figure, axes = plt.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 6), squeeze=False, layout="constrained")
+    for column, task in zip(axes.T, tasks, strict=True):
+        for i, row in enumerate(row for row in rows if row["env_id"] == task):
+            curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
+            for ax, name in zip(column, ("return", "labels"), strict=True):
+                xy = [(int(p["step"]) / 1e6, float(p[name])) for p in curve if p[name] not in ("", "nan")]
+                if xy:
+                    ax.plot(*zip(*xy, strict=True), color=f"C{i}", linewidth=1.2, label=f"{row['labeller']}")
+                ax.set_ylabel("true return" if name == "return" else "labels")
+                ax.set_xlabel("million steps")
+                ax.grid(alpha=0.3)
+        column[0].set_title(task)
+        column[0].legend(fontsize=8)
+    figure.savefig(HERE / "human.png", dpi=110)
+    plt.close(figure)
+    print(HERE / "human.png")
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         collect(Path(argument))
     draw_atari()
     if (HERE / "mujoco.csv").exists():
         draw_mujoco()
+    if (HERE / "human.csv").exists():
+        draw_human()

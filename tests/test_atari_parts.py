@@ -496,14 +496,20 @@ def test_weight_decay_follows_the_ratio_of_held_out_to_training_loss():
     """Trap 22: means over the same unit, so the sizes of the two sets do not matter."""
     ensemble = make_ensemble()
     for held_out_loss, factor in ((2.0, 1.05), (0.5, 1 / 1.05), (1.3, 1.0)):
-        ensemble.l2_coef.fill_(1e-3)
+        ensemble.l2_coef.fill_(1e-4)
         ensemble.decisive[0] = torch.tensor([[held_out_loss * 7], [0.0], [7.0]])
         ensemble.decisive[1] = torch.tensor([[1.0 * 900], [0.0], [900.0]])
         script.adapt_l2(ensemble)
-        assert ensemble.l2_coef.tolist() == pytest.approx([1e-3 * factor] * 3, rel=1e-4)
+        assert ensemble.l2_coef.tolist() == pytest.approx([1e-4 * factor] * 3, rel=1e-4)
     ensemble.decisive.zero_()
     script.adapt_l2(ensemble)  # no labels yet: no move, no NaN
-    assert ensemble.l2_coef.tolist() == pytest.approx([1e-3] * 3)
+    assert ensemble.l2_coef.tolist() == pytest.approx([1e-4] * 3)
+    for held_out_loss, bound in ((2.0, 1e-3), (0.5, 1e-6)):
+        ensemble.decisive[0] = torch.tensor([[held_out_loss * 7], [0.0], [7.0]])
+        ensemble.decisive[1] = torch.tensor([[1.0], [0.0], [1.0]])
+        for _ in range(300):
+            script.adapt_l2(ensemble)
+        assert ensemble.l2_coef.tolist() == pytest.approx([bound] * 3)
     assert sum(weight.shape[1] for weight in ensemble.weights()) == 16 * (196 + 400 + 144 + 144) + 784 * 64 + 64
 
 

@@ -14,6 +14,7 @@
 
     python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
     python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps: 4.5 hours on two CPU cores
+    python ppo_atari_rlhf.py --human --labels 5500        # people answer, on the page of label_server.py
     python ppo_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score
 
 Where this differs from the paper, and why:
@@ -57,7 +58,6 @@ from pathlib import Path
 from typing import Literal
 
 import ale_py
-import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -77,7 +77,9 @@ QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
 SHEET = {"width": 160, "height": 210, "columns": 5, "pixelated": True}  # of the clips that people see
 WEBP_QUALITY = 101  # lossless
-OPEN_QUERIES = 100  # pairs that wait for people at most, after the initial ones; newer ones take their places
+OPEN_QUERIES = (
+    100  # --human: so many pairs wait for people, or as many as there are initial ones; newer ones take their places
+)
 
 
 def fail(message: str):
@@ -215,7 +217,7 @@ class Args:
     label_server: str = "http://127.0.0.1:8765"
     """with --human: where label_server.py runs; its token: LABEL_SERVER_TOKEN, this URL, or ./label_server.tokens"""
     wait_for_labels: bool = True
-    """with --human: wait for people while they have answered less than three quarters of what is due"""
+    """with --human: wait for people while under 75 % of what is due is answered; for the initial labels in any case"""
     reward_model: str | None = None
     """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
 
@@ -238,6 +240,10 @@ class Args:
     @property
     def feedback(self) -> str:
         return "oracle" if self.oracle else "human" if self.human else "true-reward"
+
+    @property
+    def asks_people(self) -> bool:
+        return self.human and bool(self.labels)
 
     @property
     def batch_size(self) -> int:
@@ -321,6 +327,8 @@ def check_args(args: Args) -> None:
     if args.oracle_end_penalty is None:
         args.oracle_end_penalty = 0.0 if game_name(args.env_id) == "pong" else 1.0
     check_values(args)
+    if args.human and math.ceil(args.clip_length / SHEET["columns"]) * SHEET["height"] > 16383:
+        fail(f"--segment-length {args.segment_length} is too long for people: WebP has no room for its frames")
     teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
     if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
         fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
@@ -378,9 +386,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     spelled = r"^--(?:no-)?([\w-]+)=(True|False)$"
     argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__)
-    args.label_server, _, token = args.label_server.partition("/?token=")
-    if token:  # a secret: kept out of args.json and W&B
+    address, _, token = args.label_server.partition("?token=")
+    args.label_server = address.rstrip("/")
+    if token:  # a secret: args.json and W&B keep the command line
         os.environ["LABEL_SERVER_TOKEN"] = token
+        sys.argv = [re.sub(r"\?token=\S*", "", arg) for arg in sys.argv]
     given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
     source = args.resume or args.evaluate
     if args.resume and args.evaluate:
@@ -774,7 +784,7 @@ def teacher_answers(rng, rewards, recent_sums, args: Args):
 
 def label_schedule(step: int, total_steps: int, initial: int, budget: int) -> int:
     """Labels due after `step` environment steps: the rate falls like 1 / (T + tau), tau = total / 10 (A.1, A.2)."""
-    return int(initial + (budget - initial) * math.log1p(10 * step / total_steps) / math.log(11) + 1e-6)
+    return int(initial + (budget - initial) * math.log1p(10 * step / max(total_steps, 1)) / math.log(11) + 1e-6)
 
 
 def label_shapes(clips: dict) -> dict:
@@ -1144,7 +1154,7 @@ def make_run_dir(args: Args) -> Path:
     run = {
         "script": SCRIPT,
         "args": asdict(args),
-        "command": re.sub(r"/\?token=\S*", "", " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
@@ -1244,6 +1254,7 @@ def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, s
 
 def draw_episode(result: dict, folder: Path, title: str) -> None:
     """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
+    import cv2
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -1338,6 +1349,8 @@ def decode_screens(screens: list[bytes]) -> np.ndarray:
 
 def sprite_sheet(frames: np.ndarray) -> bytes:
     """The frames of a clip, (L, H, W, 3) RGB, on one WebP image, as SHEET says."""
+    import cv2
+
     columns, (height, width) = SHEET["columns"], frames.shape[1:3]
     rows = math.ceil(len(frames) / columns)
     cells = np.zeros((rows * columns, height, width, 3), np.uint8)
@@ -1353,16 +1366,18 @@ class LabelServer:
     away, an answer finds the clips that it is about.
     """
 
-    def __init__(self, args: Args, run_id: str, frames: int, fps: float):
+    def __init__(self, args: Args, progress, frames: int, fps: float):
         """Sign the run in, with clips of so many frames; exit code 2 where the server is not there or refuses."""
-        self.url, self.run, self.unsent = args.label_server, f"/api/runs/{run_id}", []
-        self.away_until, self.patience = 0.0, 1
+        self.run_id = progress.run_id = progress.run_id or uuid.uuid4().hex
+        self.url, self.run, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
+        self.away_until, self.patience, self.polled_at = 0.0, 1, 0.0
         tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
         self.token = os.environ.get("LABEL_SERVER_TOKEN")
         if not self.token and tokens.exists():
             self.token = json.loads(tokens.read_text())["trainer"]
         if not self.token:
-            fail("the label server's token is missing: set LABEL_SERVER_TOKEN to what it printed at its start")
+            fail("no label server here: start python label_server.py in this directory, or give --label-server and set "
+                 "LABEL_SERVER_TOKEN to the trainer's token in the label_server.tokens that it wrote")  # fmt: skip
         reply = self.request("PUT", self.run, {
             "name": f"{args.env_id}, {SCRIPT}, seed {args.seed}", "env_id": args.env_id, "script": SCRIPT,
             "labels": args.labels, "max_open": max(OPEN_QUERIES, args.initial_labels),
@@ -1371,9 +1386,14 @@ class LabelServer:
         if reply is None:
             fail(f"no label server at {self.url}: start one with python label_server.py")
         self.known = set(reply["known"])
+        if not self.known:
+            progress.last_event = 0  # another server, or another database: it numbers its events anew
 
     def request(self, method: str, path: str, body: dict | None = None, wait: float = 0) -> dict | None:
-        """The reply; None while the server is away. It is left alone then for a while, up to half a minute."""
+        """The reply; None while the server is away or refuses. It is left alone then for a while, up to half a minute.
+
+        Only the sign-in ends the run: a proxy whose server starts anew has a 4xx for what is welcome a minute later.
+        """
         if time.time() < self.away_until:
             return None
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
@@ -1386,12 +1406,12 @@ class LabelServer:
             return json.loads(content) if content else {}
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.read(500).decode(errors='replace')}"
-            if error.code < 500:
-                fail(f"the label server refuses {method} {path}: {reason}")
+            if error.code < 500 and path == self.run:
+                fail(f"the label server at {self.url} refuses this run: {reason}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
         self.away_until, self.patience = time.time() + self.patience, min(2 * self.patience, 30)
-        tqdm.write(f"the label server is away ({reason})")
+        tqdm.write(f"the label server does not take {method} {path} ({reason}): trying again")
 
     def ask(self, folder: Path, **pair):
         """Keep a pair (arrays of `label_shapes`, and its two sprite sheets) for `post`."""
@@ -1405,7 +1425,7 @@ class LabelServer:
             with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
                 sheets = [base64.b64encode(pair[f"sheet_{i}"].tobytes()).decode() for i in range(2)]
                 sums = [float(x) if math.isfinite(x) else None for x in pair["returns"]]  # for the server's statistics
-            body = {"run": self.run[-32:], "clips": sheets, "sums": sums}
+            body = {"run": self.run_id, "clips": sheets, "sums": sums}
             reply = self.request("PUT", f"/api/queries/{query}", body)
             if reply is None:
                 return
@@ -1414,6 +1434,9 @@ class LabelServer:
 
     def receive(self, folder: Path, preferences: Preferences, progress, wait: float = 0) -> None:
         """Store what people have answered since the last time, or taken back; wait so many seconds for it."""
+        if not wait and time.time() < self.polled_at + 1:
+            return  # A2C's rollouts take less time than a question
+        self.polled_at = time.time()
         reply = self.request("GET", f"{self.run}/events?after={progress.last_event}&wait={wait}", wait=wait)
         if reply is None:
             time.sleep(min(wait, 1))
@@ -1437,6 +1460,8 @@ class LabelServer:
             progress.ties += sign * (mu == 0.5)
             progress.last_event = event["seq"]
         progress.open = reply["open"] + len(self.unsent)
+        if reply["events"]:
+            self.polled_at = 0.0  # there may be more
 
 
 def behind_schedule(progress, args: Args) -> bool:
@@ -1474,12 +1499,11 @@ def train(args: Args) -> dict:
         progress.paid_from = 0
     shards, clips = Path(args.preferences or "") / "preferences", clip_shapes(args.clip_length)
     if args.preferences and not checkpoint:
-        progress.labels_loaded = sum(len(arrays["mu"]) for arrays in read_shards(shards, clips))
+        progress.labels_loaded = sum(int(np.isfinite(arrays["mu"]).sum()) for arrays in read_shards(shards, clips))
         if not progress.labels_loaded:
             fail(f"{args.preferences} has no labels")
-    if args.human:
-        progress.run_id = progress.run_id or uuid.uuid4().hex
-        server = LabelServer(args, progress.run_id, args.clip_length, fps=15.0)
+    if args.asks_people:
+        server = LabelServer(args, progress, args.clip_length, fps=15.0)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
 
     # 2. Hardware and seeds
@@ -1510,14 +1534,17 @@ def train(args: Args) -> dict:
         reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
         modules |= {"ensemble": ensemble, "reward_optimizer": reward_optimizer}
         capacity = progress.labels_loaded + args.labels
+        if args.human:
+            capacity += capacity // 4 + 100  # an answer that is taken back keeps its place
         if args.ablation != "no-online-queries":
             capacity = min(capacity, args.label_window)
         preferences = Preferences(run_dir / "preferences", capacity, clips, args.members, device)
         if args.preferences and not checkpoint:  # copied, so that this run needs no other
             for arrays in read_shards(shards, clips):
+                arrays = {name: array[np.isfinite(arrays["mu"])] for name, array in arrays.items()}
                 preferences.add(arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
 
-    if args.human:  # the same games in colour, for people; the agent's observations stay what they are
+    if args.asks_people:  # the same games in colour, for people; the agent's observations stay what they are
         twin = make_envs(args, args.num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
         colour_boxes, shown = hud_boxes(args.env_id, 210, 160), deque(maxlen=args.pool_rows)
         queries = run_dir / "queries"
@@ -1543,21 +1570,24 @@ def train(args: Args) -> dict:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
         if learns_reward:
             preferences.restore(checkpoint["labels_on_disk"])
-        if args.human:
+        if args.asks_people:
             progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
             for path in sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime):
                 with np.load(path, allow_pickle=False) as pair:
                     preferences.known.add(frozenset(map(tuple, pair["segments"].tolist())))
                 if path.stem not in server.known and path.stem not in progress.answered:
                     server.unsent.append(path.stem)
+            progress.asked = len(list(queries.glob("*.npz")))  # some were asked after the checkpoint
+            server.post(queries, progress)
+            server.receive(queries, preferences, progress)
         last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
         next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
         actions_since_reset = list(checkpoint["actions_since_reset"])
+        if args.asks_people:
+            screens, _ = twin.reset(seed=derive_seed(args.seed, 11, last_reset))
         for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # ALE's vector can't save its state
             next_frames, *_ = envs.step(action.astype(np.int64))
-        if args.human:
-            screens, _ = twin.reset(seed=derive_seed(args.seed, 11, last_reset))
-            for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():
+            if args.asks_people:
                 screens, *_ = twin.step(action.astype(np.int64))
         streams[:] = checkpoint["streams"].numpy()
         if not np.array_equal(observe(next_frames, history, boxes), checkpoint["next_obs"]):
@@ -1591,6 +1621,18 @@ def train(args: Args) -> dict:
         if args.track:
             wandb_run.log(scalars | {"global_step": progress.global_step, "labels": progress.labels_used})
 
+    def report(waiting: bool):
+        """To the label server, for the page's progress and the admin's statistics."""
+        accuracy, due = progress.reward_log.get("accuracy_heldout", math.nan), args.initial_labels
+        if progress.paid_from >= 0:
+            due = labels_scheduled(progress, args)
+        server.request("POST", f"{server.run}/status", {
+            "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
+            "labels_used": progress.labels_used, "labels_due": due, "waiting": waiting,
+            "accuracy_heldout": float(accuracy) if math.isfinite(accuracy) else None,
+            "finished": progress.iteration == args.num_iterations,
+        })  # fmt: skip
+
     stop: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
@@ -1613,7 +1655,7 @@ def train(args: Args) -> dict:
         #    replay them; the agent sees neither that nor any other end.
         if progress.iteration % args.reset_every == 0:
             next_frames, infos = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
-            if args.human:
+            if args.asks_people:
                 screens, _ = twin.reset(seed=derive_seed(args.seed, 11, progress.iteration))
             streams[:], lives[:] = 0, infos["lives"]
             actions_since_reset = []
@@ -1630,12 +1672,13 @@ def train(args: Args) -> dict:
             with torch.no_grad():
                 action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
             actions[step] = action
-            if args.human:
+            action = action.cpu().numpy()
+            if args.asks_people:
                 for rows, columns in colour_boxes:
                     screens[:, :, rows, columns] = 0
                 shown.append([zlib.compress(screen, 1) for screen in screens])
-                screens, *_ = twin.step(action.cpu().numpy())
-            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action.cpu().numpy())
+                screens, *_ = twin.step(action)
+            next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action)
             ended[step] = terminated | truncated
             lost[step] = terminated | (infos["lives"] < lives)  # after an end, infos are the next episode's
             lives[:] = infos["lives"]
@@ -1685,8 +1728,9 @@ def train(args: Args) -> dict:
         last = progress.iteration == args.num_iterations
         for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
             due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
-            if args.human and (last or (progress.open >= OPEN_QUERIES and time.time() < asked_at + 60)):
-                due = 0  # nobody would answer in time; or enough is open, and what is newer may wait for a minute
+            enough = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.time() < asked_at + 60
+            if args.asks_people and (last or enough):
+                due = 0  # nobody would answer in time; or there is enough to do, and what is newer may wait a minute
             disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
             pairs = np.empty((0, 2, 2), dtype=np.int64)
             if due:
@@ -1702,7 +1746,7 @@ def train(args: Args) -> dict:
             answers |= {"returns": sums.astype(np.float32), "segments": pairs}
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
-            if args.human:
+            if args.asks_people:
                 oldest, asked_at = pool.count - len(shown), time.time()
                 for i, pair in enumerate(pairs.tolist()):
                     sheets = {}
@@ -1720,12 +1764,12 @@ def train(args: Args) -> dict:
             progress.skipped += int(skipped.sum())
             progress.labels_used += int((~skipped).sum())
             progress.ties += int((mu[~skipped] == 0.5).sum())
-        if args.human:
+        if args.asks_people:
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
-        if ensemble and progress.labels_used >= args.initial_labels:
+        if ensemble and (progress.paid_from >= 0 or progress.labels_used >= args.initial_labels):
             if progress.paid_from < 0:
                 pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
                 progress.paid_from = progress.global_step
@@ -1753,9 +1797,10 @@ def train(args: Args) -> dict:
         progress.wall_seconds = time.time() - started
         bar.update(args.batch_size)
         stopping = bool(stop)
-        waiting = args.human and behind_schedule(progress, args) and not (stopping or last)
+        waiting = args.asks_people and behind_schedule(progress, args) and not (stopping or last)
         due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
-        due_to_save |= waiting and progress.paid_from < 0  # hours of people's work may hang on it
+        if args.asks_people and progress.paid_from < 0:  # hours of people's work may hang on it
+            due_to_save |= waiting or progress.fresh_from == pool.count
         if due_to_save or progress.iteration % args.log_every == 0:
             progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
@@ -1773,13 +1818,8 @@ def train(args: Args) -> dict:
                 charts |= {"reward_model/correlation": correlation, "reward_model/raw_std": ensemble.std.mean().item()}
                 charts |= {"reward_model/pred_std": pred_rewards.std().item()}
             log(charts)
-            if args.human:
-                server.request("POST", f"{server.run}/status", {
-                    "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
-                    "labels_used": progress.labels_used, "finished": last, "waiting": waiting,
-                    "labels_due": labels_scheduled(progress, args) if progress.paid_from >= 0 else args.initial_labels,
-                    "accuracy_heldout": accuracy if math.isfinite(accuracy) else None,
-                })  # fmt: skip
+            if args.asks_people:
+                report(waiting)
             left = (total_steps - progress.global_step) / speed
             line = f"{progress.global_step:>10,} steps {progress.global_step / total_steps:4.0%} {speed:6,.0f}/s"
             line += f"  {left // 3600:.0f}:{left % 3600 // 60:02.0f} h left  entropy {entropy:4.2f}"
@@ -1824,15 +1864,19 @@ def train(args: Args) -> dict:
         trained |= pays
 
         # 12. Wait for people. While they answer, the agent stands still: a simulator is a hundred times faster.
-        line_at = 0.0
+        line_at, waiting_since = 0.0, time.time()
         while waiting and not stop:
             if time.time() > line_at + 15:
                 line_at = time.time()
                 tqdm.write(f"waiting for people: {progress.labels_used:,} labels, {progress.open} pairs are open")
                 sys.stdout.flush()
+                report(waiting)
             server.post(queries, progress)
             server.receive(queries, preferences, progress, wait=5)
             waiting = behind_schedule(progress, args)
+        if line_at:
+            report(waiting)
+            line_time += time.time() - waiting_since  # not the script's time
 
     # 13. The final score, figure, video and summary
     bar.close()

@@ -31,31 +31,32 @@ def main():
     parser.add_argument("--mistakes", type=float, default=0.0, help="share of its answers that are turned around")
     parser.add_argument("--runs-dir", default="runs")
     args, flags = parser.parse_known_args()
+    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "label_server.py"), "--port", str(args.port)]
-        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-        while not (Path(folder) / "label_server.tokens").exists():
-            time.sleep(0.2)
-        tokens = json.loads((Path(folder) / "label_server.tokens").read_text())
-        time.sleep(2)
-        url, robots = f"http://127.0.0.1:{args.port}", []
-        for i in range(args.labellers):
-            robots.append(Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes))
-            robots[-1].start()
-        train = [sys.executable, str(ROOT / args.script), *flags, "--runs-dir", args.runs_dir]
-        environment = os.environ | {"LABEL_SERVER_TOKEN": tokens["trainer"]}
-        subprocess.run([*train, "--human", "--label-server", url], check=True, env=environment)
-        for robot in robots:
-            robot.stopping.set()
-        for robot in robots:
-            robot.join()
-        server.terminate()
-        server.wait()
-    subprocess.run([*train, "--oracle"], check=True)
-    runs = sorted(Path(args.runs_dir).iterdir(), key=lambda path: path.stat().st_ctime)[-2:]
-    labeller = f"{args.labellers} robots, {args.delay:g} s per answer, {args.mistakes:.0%} mistakes"
-    for run_dir, name in zip(runs, (labeller, "oracle"), strict=True):
-        collect(run_dir, "human.csv", labeller=name)
+        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        try:
+            if not server.stdout.readline():  # its link
+                raise SystemExit("the label server did not start")
+            tokens = json.loads((Path(folder) / "label_server.tokens").read_text())
+            url, robots = f"http://127.0.0.1:{args.port}", []
+            for i in range(args.labellers):
+                robots.append(Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes))
+                robots[-1].start()
+            for labeller, source in (
+                (f"{args.labellers} robots", ["--human", "--label-server", url]),
+                ("oracle", ["--oracle"]),
+            ):
+                train = [sys.executable, str(ROOT / args.script), *flags, *source]
+                runs[labeller] = Path(args.runs_dir) / labeller.replace(" ", "_") / time.strftime("%Y%m%d-%H%M%S")
+                environment = os.environ | {"LABEL_SERVER_TOKEN": tokens["trainer"]}
+                subprocess.run([*train, "--runs-dir", str(runs[labeller])], check=True, env=environment)
+        finally:
+            server.terminate()
+    for labeller, folder in runs.items():
+        (run_dir,) = folder.iterdir()
+        detail = f", {args.delay:g} s per answer, {args.mistakes:.0%} mistakes" if labeller != "oracle" else ""
+        collect(run_dir, "human.csv", labeller=labeller + detail)
     draw_human()
 
 

@@ -7,6 +7,7 @@ where they are the same, as the scripts' --oracle does.
 """
 
 import argparse
+import http.client
 import json
 import os
 import random
@@ -18,8 +19,11 @@ import uuid
 
 
 class Robot(threading.Thread):
-    """A labeller of its own name. delay: seconds per answer; mistakes: share of answers that are turned around;
-    undo: share of answers that it takes back and gives again. `answers` are those that were acknowledged, by query."""
+    """A labeller of its own name. `answers` are those that were acknowledged, by query.
+
+    delay: seconds per answer; mistakes: share of answers that are turned around; undo: share of answers that it takes
+    back, after the next one, and gives again.
+    """
 
     def __init__(self, url: str, token: str, name: str, delay=0.0, mistakes=0.0, undo=0.0, seed=0):
         super().__init__(daemon=True)
@@ -38,7 +42,7 @@ class Robot(threading.Thread):
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     raise RuntimeError(f"{error.code} {error.read().decode()}") from error
-            except OSError:
+            except (OSError, ValueError, http.client.HTTPException):
                 if self.stopping.is_set():
                     raise
             time.sleep(0.2)
@@ -59,14 +63,17 @@ class Robot(threading.Thread):
         return answer
 
     def run(self):
+        before = None
         while not self.stopping.is_set():
             pair = self.call("POST", "/api/claim", {"labeller": self.labeller, "run": None, "wait": 1})["pair"]
-            while pair:
-                answer = self.answer(pair)
-                pair = None
-                if self.random.random() < self.undo:
-                    body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
-                    pair = self.call("POST", f"/api/answers/{answer}/retract", body)["pair"]
+            if not pair:
+                continue
+            last = self.answer(pair)
+            if before and self.random.random() < self.undo:  # the server holds the last one back, not this one
+                body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
+                self.answer(self.call("POST", f"/api/answers/{before}/retract", body)["pair"])
+                last = None
+            before = last
 
 
 def main():

@@ -148,8 +148,8 @@ Hitting the ball and breaking blocks is good. Losing the ball is bad.
     "ALE/Enduro-v5": """Who overtakes more cars?
 Passing other cars is good, being passed is bad. An empty road is fine.
 """,
-    "ALE/Pong-v5": """Who plays better: the green paddle on the right?
-The ball past the orange paddle on the left is good. The ball past the green paddle on the right is bad.
+    "ALE/Pong-v5": """Which clip goes better for the green paddle?
+The ball past the orange paddle on the left is good. The ball past the green paddle, on the right, is bad.
 """,
     "ALE/Qbert-v5": f"""Who changes the colour of more blocks?
 Jumping on blocks that are not changed yet is good. Jumping off the edge or into an enemy is bad.
@@ -303,19 +303,15 @@ class Store:
                 sa.event.listen(self.engine, "connect", prepare_sqlite)
                 sa.event.listen(self.engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
             with self.begin() as conn:
-                known = sa.inspect(conn).get_table_names()
-                version = conn.scalar(sa.select(schema_version.c.version)) if "schema_version" in known else None
-                if version is None and not known:
-                    metadata.create_all(conn)
-                    conn.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-                elif version != SCHEMA_VERSION:
-                    found = "is not a label server's" if version is None else f"has schema version {version}"
-                    fail(f"--database-url {shown} {found}, this program writes version {SCHEMA_VERSION}: name another")
+                found = open_schema(conn)
         except (sa.exc.DBAPIError, sa.exc.NoSuchModuleError, ImportError) as error:
             reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
             if "locked" in reason:
                 reason = "another process has it open"
             fail(f"--database-url {shown} can't be opened: {reason}")
+        if found:
+            self.engine.dispose()
+            fail(f"--database-url {shown} {found}; this program writes version {SCHEMA_VERSION}: name another database")
 
     @contextmanager
     def begin(self, write: bool = True):
@@ -323,6 +319,19 @@ class Store:
             if write and not self.is_sqlite:
                 conn.exec_driver_sql("SELECT pg_advisory_xact_lock(1706037410)")
             yield conn
+
+
+def open_schema(conn) -> str | None:
+    """Make the tables in an empty database; else say what is wrong with those that are there."""
+    known = sa.inspect(conn).get_table_names()
+    if not known:
+        metadata.create_all(conn)
+        conn.execute(schema_version.insert().values(version=SCHEMA_VERSION))
+        return None
+    version = conn.scalar(sa.select(schema_version.c.version)) if "schema_version" in known else None
+    return (
+        None if version == SCHEMA_VERSION else f"has schema version {version}" if version else "is not a label server's"
+    )
 
 
 def prepare_sqlite(connection: sqlite3.Connection, _):
@@ -336,9 +345,9 @@ def prepare_sqlite(connection: sqlite3.Connection, _):
 # ----------------------------------------------------------------------------------------------------------------------
 def webp_size(data: bytes) -> tuple[int, int]:
     """Width and height from the header of a WebP file; ValueError if there is none, or the file was cut off."""
-    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         raise ValueError("is not a WebP image")
-    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+    if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
         raise ValueError("is a WebP image that was cut off")
     chunk, body = data[12:16], data[20:30]
     if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
@@ -942,7 +951,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     async def database_away(*_):
         return JSONResponse({"detail": "the database can't be reached; try again"}, 503)
 
-    def page(request: Request, token: str | None, script: str, roles: set[str]) -> HTMLResponse:
+    def page(request: Request, token: str | None, body: str, script: str, roles: set[str]):
         """The page itself, not a redirect: a cookie for this site only would not survive one that began in a web mail.
 
         Nor would it be sent if such a page is loaded again. So a stranger gets the page too, with a 401, and its script
@@ -952,7 +961,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
         nonce = secrets.token_urlsafe(16)
         only = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         only += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        html = PAGE.replace("NONCE", nonce).replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", script)
+        html = PAGE.replace("NONCE", nonce).format(style=STYLE, body=body, script=script)
         reply = HTMLResponse(html, 200 if role in roles else 403 if role else 401, {"content-security-policy": only})
         if token and role:
             secure = request.url.scheme == "https"
@@ -961,11 +970,11 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
 
     @app.get("/", response_class=HTMLResponse)
     def label_page(request: Request, token: str | None = None):
-        return page(request, token, LABEL_SCRIPT, {"labeller", "admin"})
+        return page(request, token, LABEL_BODY, LABEL_SCRIPT, {"labeller", "admin"})
 
     @app.get("/stats", response_class=HTMLResponse)
     def stats_page(request: Request, token: str | None = None):
-        return page(request, token, STATS_SCRIPT, {"admin"})
+        return page(request, token, STATS_BODY, STATS_SCRIPT, {"admin"})
 
     # Trainer
     @app.put("/api/runs/{run_id}", dependencies=[needs("trainer")])
@@ -1064,16 +1073,643 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
 # ----------------------------------------------------------------------------------------------------------------------
 # The pages
 # ----------------------------------------------------------------------------------------------------------------------
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Which clip is better?</title>
-<style nonce="NONCE">/*STYLE*/</style><body><script nonce="NONCE">/*SCRIPT*/</script></body></html>
+STYLE = r"""
+:root { color-scheme: dark; --ground: #0f1115; --panel: #171a21; --line: #2a303b; --text: #dde1e8; --soft: #8b93a3;
+  --accent: #8ab4f8; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+button, input { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
+  border-radius: 10px; padding: 8px 14px; white-space: nowrap; }
+button { cursor: pointer; touch-action: manipulation; }
+button:hover { border-color: var(--soft); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+kbd { font: inherit; font-size: .85em; color: var(--soft); border: 1px solid var(--line); border-radius: 5px;
+  padding: 1px 6px; background: #1f242d; }
+progress { width: 120px; height: 5px; appearance: none; border: 0; border-radius: 3px; background: var(--line); }
+progress::-webkit-progress-bar { background: var(--line); border-radius: 3px; }
+progress::-webkit-progress-value { background: var(--accent); border-radius: 3px; }
+progress::-moz-progress-bar { background: var(--accent); border-radius: 3px; }
+[hidden] { display: none !important; }
+.label { height: 100dvh; padding: 14px 20px; display: grid; grid-template-rows: auto 1fr auto auto; gap: 12px;
+  overflow: hidden; user-select: none; -webkit-user-select: none; }
+header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 18px; color: var(--soft); }
+#question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
+#budget { display: flex; align-items: center; gap: 10px; }
+header button { padding: 2px 10px; color: var(--soft); }
+.label main { position: relative; display: grid; grid-template-columns: 1fr 1fr; gap: 20px; min-height: 0; }
+.clip { display: grid; grid-template-rows: 1fr auto; gap: 10px; padding: 14px 14px 10px; border-radius: 16px;
+  min-width: 0; min-height: 0; outline: 3px solid transparent; color: var(--soft); }
+.clip:hover { border-color: var(--accent); color: var(--text); }
+.screen { container-type: size; display: grid; place-items: center; min-height: 0; }
+canvas { width: min(100cqw, 100cqh * var(--aspect)); aspect-ratio: var(--aspect); border-radius: 6px;
+  background: #000; }
+.pixelated canvas { image-rendering: pixelated; }
+#notice { position: absolute; inset: 0; display: none; place-content: center; justify-items: center; gap: 18px;
+  text-align: center; font-size: 1.15em; color: var(--soft); }
+#notice i { width: 12px; height: 12px; border-radius: 50%; background: var(--accent); }
+@media (prefers-reduced-motion: no-preference) { #notice i { animation: breathe 2.4s ease-in-out infinite; } }
+@keyframes breathe { 50% { opacity: .15; transform: scale(.7); } }
+body:not([data-state=label], [data-state=practice]) :is(.clip, #seek, footer) { visibility: hidden; }
+body:not([data-state=label], [data-state=practice]) #notice { display: grid; }
+body:not([data-state=practice]) #skip, [data-state=practice] #budget { display: none; }
+#seek { height: 3px; background: var(--line); border-radius: 2px; overflow: hidden; }
+#seek i { display: block; height: 100%; background: var(--accent); transform: scaleX(0); transform-origin: left; }
+footer { display: grid; grid-template-columns: 1fr auto minmax(max-content, 1fr); }
+footer > div { display: flex; gap: 8px; align-items: center; }
+footer > div:last-child { justify-content: flex-end; }
+footer > :not(.choices) button { padding: 5px 10px; font-size: .9em; color: var(--soft); }
+.choices button { min-width: clamp(120px, 13vw, 170px); padding: 11px 16px; }
+#said { min-width: 8em; opacity: 0; color: var(--accent); }
+dialog { background: var(--panel); color: var(--text); border: 1px solid var(--line); border-radius: 16px;
+  padding: 26px 30px; width: min(620px, calc(100vw - 24px)); max-height: calc(100dvh - 24px); overflow: auto; }
+dialog::backdrop { background: #0009; }
+dialog h2 { margin: 0 0 8px; font-size: 1.25em; }
+dialog p { margin: 0 0 10px; }
+dialog .keys { color: var(--soft); }
+dialog form { display: flex; gap: 10px; margin-top: 18px; }
+dialog form button { background: var(--accent); color: #0b1220; border-color: var(--accent); font-weight: 600; }
+dialog input { flex: 1; min-width: 0; background: var(--ground); }
+@media (orientation: portrait) {
+  .label { padding: 10px; gap: 8px; }
+  .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
+  .clip { padding: 8px 8px 6px; gap: 4px; }
+  header { gap: 2px 12px; font-size: .9em; }
+  #question { width: 100%; }
+  footer { grid-template-columns: auto 1fr; }
+  .choices { grid-column: 1 / -1; grid-row: 1; }
+  .choices button { flex: 1; min-width: 0; padding: 14px 8px; }
+  #said { min-width: 0; position: fixed; bottom: 128px; left: 0; right: 0; text-align: center; pointer-events: none; }
+}
+@media (pointer: coarse) { kbd { display: none; } }
+.stats { max-width: 1100px; margin: 0 auto; padding: 24px; }
+.stats h2 { margin: 34px 0 8px; font-size: 1.1em; }
+.stats p { color: var(--soft); }
+.stats a { color: var(--accent); }
+.stats .wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; }
+th:first-child, td:first-child { text-align: left; }
+td small { color: var(--soft); }
+svg { width: min(100%, 500px); height: auto; margin: 6px 14px 6px 0; font-size: 11px; fill: var(--soft); }
+svg polyline { fill: none; stroke: var(--accent); stroke-width: 1.8; }
+svg path { stroke: var(--line); fill: none; }
 """
-STYLE = LABEL_SCRIPT = STATS_SCRIPT = ""
+LABEL_BODY = """<body class="label" data-state="start">
+<header>
+  <span id="question"></span>
+  <button id="skip">skip practice</button>
+  <span id="budget" hidden><progress value="0"></progress><span></span></span>
+  <span id="own"></span>
+  <span id="unsent"></span>
+  <button id="who" title="change your name"></button>
+</header>
+<main>
+  <button class="clip" id="left" aria-label="the left clip is better">
+    <span class="screen"><canvas></canvas></span><span><kbd>←</kbd> this one is better</span></button>
+  <button class="clip" id="right" aria-label="the right clip is better">
+    <span class="screen"><canvas></canvas></span><span>this one is better <kbd>→</kbd></span></button>
+  <div id="notice"><i></i><span></span></div>
+</main>
+<div id="seek" aria-hidden="true"><i></i></div>
+<footer>
+  <div><button id="undo"><kbd>U</kbd> undo</button><span id="said" role="status"></span></div>
+  <div class="choices"><button id="equal"><kbd>↑</kbd> equally good</button>
+    <button id="cant-tell"><kbd>↓</kbd> can't tell</button></div>
+  <div><button id="pause"><kbd>space</kbd> <span>pause</span></button>
+    <button id="back" aria-label="one frame back"><kbd>,</kbd> ‹</button>
+    <button id="forth" aria-label="one frame on">› <kbd>.</kbd></button>
+    <button id="speed" aria-label="speed"><kbd>S</kbd> <span>1×</span></button>
+    <button id="help" aria-label="instructions"><kbd>?</kbd> help</button></div>
+</footer>
+<dialog id="dialog"><h2></h2><div></div>
+  <form method="dialog"><input maxlength="40" autocomplete="nickname" aria-label="your name"><button></button></form>
+</dialog>
+"""
+LABEL_SCRIPT = r"""
+"use strict";
+const HOLD = 0.4;  // seconds for which the last frame stays
+const GUARD = 250;  // milliseconds in which a new pair takes no answer: that press was meant for the one before
+const AHEAD = 2;  // pairs that are fetched and decoded beforehand
+const UNDOS = 5;
+const HEARTBEAT = 30_000, IDLE = 300_000;  // who has not touched anything for so long lets the leases run out
+const KEYS = {ArrowLeft: "left", a: "left", ArrowRight: "right", d: "right", ArrowUp: "equal", "=": "equal",
+  ArrowDown: "cant-tell", u: "undo", " ": "pause", ",": "back", ".": "forth", s: "speed", "?": "help"};
+const $ = (id) => document.getElementById(id);
+const still = matchMedia("(prefers-reduced-motion: reduce)"), portrait = matchMedia("(orientation: portrait)");
+const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+// Not crypto.randomUUID: that exists on https and localhost only
+const hex = (byte) => byte.toString(16).padStart(2, "0");
+const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map(hex).join("");
+
+let labeller = localStorage.getItem("labeller") || "";
+let texts = {rules: "", tasks: {}}, standing = null;
+let lessons = [], held = [], undoable = [];  // of held the first is on screen, the others follow
+let shown = null, shownAt = 0, touchedAt = 0, offline = false;
+let clock = 0, frame = -1, last = 0, paused = false, speed = Number(localStorage.getItem("speed")) || 1;
+
+history.replaceState(null, "", location.pathname);  // the token stays in the cookie only
+
+// The two clips: one clock, one frame index -------------------------------------------------------------------------
+function tick(now) {
+  if (shown && !paused && !$("dialog").open) clock += (now - last) / 1000 * speed;
+  last = now;
+  draw();
+  requestAnimationFrame(tick);
+}
+
+function draw() {
+  if (!shown) return;
+  const {frames, fps, width, height, columns} = shown.clip;
+  clock %= frames / fps + HOLD;
+  const next = Math.min(frames - 1, Math.floor(clock * fps));
+  $("seek").firstChild.style.transform = `scaleX(${Math.min(1, clock * fps / frames)})`;
+  if (next === frame) return;
+  frame = next;
+  for (const side of ["left", "right"]) {
+    const canvas = $(side).querySelector("canvas");
+    const [x, y] = [frame % columns * width, Math.floor(frame / columns) * height];
+    canvas.getContext("2d").drawImage(shown[side], x, y, width, height, 0, 0, width, height);
+    canvas.dataset.frame = frame;
+  }
+}
+
+function step(by) {
+  if (!shown) return;
+  const {frames, fps} = shown.clip;
+  setPaused(true);
+  clock = ((frame + by + frames) % frames + 0.5) / fps;
+}
+
+function setPaused(value) {
+  paused = value;
+  $("pause").lastChild.textContent = paused ? "play" : "pause";
+}
+
+function present() {
+  shown = lessons[0] || held[0] || null;
+  document.body.dataset.state = !labeller ? "name" : lessons.length ? "practice" : shown ? "label" : "waiting";
+  document.body.dataset.serving = shown?.serving || "";
+  [clock, frame, shownAt] = [0, -1, performance.now()];
+  setPaused(still.matches);
+  if (shown) {
+    const {width, height, pixelated} = shown.clip;
+    document.body.classList.toggle("pixelated", pixelated);
+    for (const canvas of document.querySelectorAll("canvas")) {
+      [canvas.width, canvas.height] = [width, height];
+      canvas.style.setProperty("--aspect", width / height);
+      if (!still.matches) canvas.animate({opacity: [0.2, 1]}, 140);
+    }
+    if (document.hidden) document.title = "● Clips are here";
+  }
+  explain();
+  draw();
+  paint();
+}
+
+// Words -------------------------------------------------------------------------------------------------------------
+function paint() {
+  const task = texts.tasks[shown?.instructions] || texts.tasks.general || "";
+  $("question").textContent = lessons.length ? `Practice, ${4 - lessons.length} of 3: ${lessons[0].question}`
+    : shown ? task.split("\n")[0] : "";
+  $("who").textContent = labeller;
+  $("speed").lastChild.textContent = `${speed}×`;
+  const waiting = Object.keys(localStorage).filter((key) => key.startsWith("out:")).length;
+  $("unsent").textContent = offline && waiting ? `${waiting} kept here until the server is back` : "";
+  const live = standing?.runs.filter((run) => !run.finished) || [];
+  $("budget").hidden = !live.length;
+  if (standing) {
+    const [used, labels] = ["labels_used", "labels"].map((name) => live.reduce((sum, run) => sum + run[name], 0));
+    $("budget").firstChild.max = labels || 1;
+    $("budget").firstChild.value = used;
+    $("budget").lastChild.textContent = `${used} of ${labels} labels`;
+    const {today, per_minute} = standing;
+    $("own").textContent = today ? `${today} by you today, ${Math.round(per_minute)} a minute` : "";
+  }
+  $("notice").lastChild.textContent = document.body.dataset.state === "stranger"
+    ? "Please open the link that you were given: this page needs its token."
+    : offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
+    : standing && !standing.runs.length ? "No clips yet. They appear here as soon as a trainer starts."
+    : standing && !live.length ? "All labels are in. Thank you!"
+    : "No clips to compare right now: the agent is training. This page goes on by itself.";
+}
+
+function say(text) {
+  $("said").textContent = text;
+  $("said").animate({opacity: [1, 1, 0]}, {duration: 1200 + 50 * text.length, easing: "ease-in"});
+}
+
+function show(title, paragraphs, name) {
+  const [heading, text] = $("dialog").children, [input, ok] = $("dialog").querySelector("form").children;
+  heading.textContent = title;
+  text.replaceChildren(...paragraphs.filter(Boolean).map((line) => {
+    const p = document.createElement("p");
+    p.textContent = line;
+    return p;
+  }));
+  const asks = name !== undefined;
+  [input.hidden, input.value, ok.textContent] = [!asks, name || "", asks ? "start" : "go on"];
+  $("dialog").showModal();
+  (asks ? input : ok).focus();
+  return new Promise((done) => $("dialog").onclose = () => {
+    shownAt = performance.now();
+    done(input.value.trim());
+    explain();
+  });
+}
+
+function explain() {  // once for each task
+  if (shown && !lessons.length && !$("dialog").open && !localStorage.getItem(`read:${shown.instructions}`)) help();
+}
+
+function help() {
+  const [question, ...lines] = (texts.tasks[held[0]?.instructions] || texts.tasks.general || "").trim().split("\n");
+  if (held[0]) localStorage.setItem(`read:${held[0].instructions}`, "yes");
+  const keys = "Keys: ← → (or A D) better · ↑ equally good · ↓ can't tell · U undo · space pause · , . step · S speed";
+  return show(question, [...lines, ...texts.rules.split("\n"), matchMedia("(pointer: coarse)").matches
+    ? "Tap the clip that is better." : keys]);
+}
+
+async function askName() {
+  const before = labeller;
+  [labeller, document.body.dataset.state] = ["", "name"];
+  const why = ["It tells your answers from those of others."];
+  while (!labeller) labeller = await show("What is your name?", why, before);
+  localStorage.setItem("labeller", labeller);
+  if (before !== labeller) [held, undoable] = [[], []];  // those were served to somebody else
+  remember();
+  present();
+  fill();
+}
+
+// Pairs -------------------------------------------------------------------------------------------------------------
+const post = (url, body, more) => fetch(url, {method: "POST", headers: {"content-type": "application/json"},
+  body: JSON.stringify(body), ...more});
+
+async function load(url) {
+  const reply = await fetch(url);
+  if (!reply.ok) throw new Error(reply.status);
+  return createImageBitmap(await reply.blob());
+}
+
+async function take(pair) {
+  if (held.some((other) => other.serving === pair.serving)) return;
+  const [left, right] = await Promise.all([load(pair.left), load(pair.right)]);
+  held.push({...pair, left, right, pair});
+  remember();
+  if (held.length === 1) present();
+}
+
+// A page that is loaded again goes on with the pairs it had
+const remember = () => sessionStorage.setItem("held", JSON.stringify(held.map((entry) => entry.pair)));
+
+let filling = false, patience = 1000;
+async function fill() {
+  if (filling || !labeller || lessons.length || document.body.dataset.state === "stranger") return;
+  filling = true;
+  try {
+    while (held.length <= AHEAD) {
+      const reply = await post("/api/claim", {labeller, wait: held.length ? 0 : 25});
+      if (reply.status === 401 || reply.status === 403) return stranger();
+      if (!reply.ok) throw new Error(reply.status);
+      const {pair} = await reply.json();
+      [offline, patience] = [false, 1000];
+      if (pair) await take(pair);
+      else if (held.length) break;
+      else await sleep(500);
+      paint();
+    }
+  } catch {
+    offline = true;
+    paint();
+    setTimeout(fill, patience);
+    patience = Math.min(2 * patience, 15_000);
+  } finally {
+    filling = false;
+  }
+}
+
+async function beat() {
+  if (document.hidden || performance.now() - touchedAt > IDLE || outbox().length) return;
+  for (const {serving} of [...held]) {
+    const reply = await post(`/api/servings/${serving}/extend`, {}).catch(() => null);
+    if (reply?.status !== 404 && reply?.status !== 409) continue;
+    const seen = held[0]?.serving === serving;
+    held = held.filter((entry) => entry.serving !== serving);
+    remember();
+    if (seen) present();
+  }
+  fill();
+}
+
+function stranger() {
+  held = [];
+  document.body.dataset.state = "stranger";
+  paint();
+}
+
+// Answers: kept in local storage from the press until the server has them --------------------------------------------
+const outbox = () => Object.keys(localStorage).filter((key) => key.startsWith("out:")).sort();
+let sending = false, retry = 0, delay = 1000, count = 0;
+
+function send(url, body) {
+  const time = Math.floor(performance.timeOrigin + performance.now());  // of a clock that is never set back
+  const key = `out:${time}:${String(count++).padStart(6, "0")}:${newId()}`;
+  localStorage.setItem(key, JSON.stringify({url, body}));
+  flush();
+}
+
+async function flush() {
+  if (sending) return;
+  sending = true;
+  clearTimeout(retry);
+  try {
+    for (let key; (key = outbox()[0]);) {  // in order: a retract after its answer
+      const item = JSON.parse(localStorage.getItem(key));
+      const reply = item && await post(item.url, item.body, {keepalive: true});
+      if (reply && (reply.status === 401 || reply.status === 429 || reply.status >= 500)) throw new Error(reply.status);
+      localStorage.removeItem(key);  // any other refusal is for good, and must not stop what comes behind it
+      [offline, delay] = [false, 1000];
+    }
+    report();
+  } catch {
+    offline = true;
+    retry = setTimeout(flush, delay);
+    delay = Math.min(2 * delay, 30_000);
+    paint();
+  } finally {
+    sending = false;
+  }
+}
+
+function answer(which) {
+  if (!shown || $("dialog").open || performance.now() - shownAt < GUARD) return;
+  if (lessons.length) return practise(which);
+  const id = newId(), {serving} = shown, seconds = (performance.now() - shownAt) / 1000;
+  send("/api/answers", {id, serving, labeller, answer: which, seconds});
+  undoable.push({id, pair: shown});
+  if (undoable.length > UNDOS) {
+    const {pair} = undoable.shift();
+    pair.left.close();
+    pair.right.close();
+  }
+  held.shift();
+  remember();
+  confirm(which);
+  present();
+  fill();
+}
+
+function confirm(which) {
+  const [left, right] = portrait.matches ? ["upper", "lower"] : ["left", "right"];
+  const words = {left: `${left} is better`, right: `${right} is better`, equal: "equally good"};
+  say(words[which] || "can't tell");
+  for (const side of which === "equal" ? ["left", "right"] : [which])
+    $(side).animate({outlineColor: ["#8ab4f8", "#8ab4f800"]}, 450);
+}
+
+function undo() {
+  const entry = undoable.pop();
+  if (lessons.length || !entry) return say("nothing to undo");
+  send(`/api/answers/${entry.id}/retract`, {id: newId(), labeller});
+  held.unshift(entry.pair);
+  remember();
+  present();
+  say("undone");
+}
+
+let reporting = 0, reportedAt = -Infinity;
+function report() {  // every three seconds at most
+  clearTimeout(reporting);
+  reporting = setTimeout(askProgress, reportedAt + 3000 - performance.now());
+}
+
+async function askProgress() {
+  reportedAt = performance.now();
+  const reply = labeller && await fetch(`/api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
+  if (reply && reply.ok) standing = await reply.json();
+  paint();
+}
+
+// Practice: a dot that gets to a ring, or not -------------------------------------------------------------------------
+function makeLessons() {
+  const clip = {frames: 36, width: 160, height: 160, columns: 6, fps: 20, pixelated: false};
+  const sheet = (path) => {
+    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+    [canvas.width, canvas.height] = [clip.width * clip.columns, clip.height * clip.frames / clip.columns];
+    const circle = (x, y, radius) => {
+      context.beginPath();
+      context.arc(x, y, radius, 0, 2 * Math.PI);
+    };
+    for (let i = 0; i < clip.frames; i++) {
+      const [left, top] = [i % clip.columns * clip.width, Math.floor(i / clip.columns) * clip.height];
+      const [x, y] = path(i / (clip.frames - 1));
+      context.fillStyle = "#1c2430";
+      context.fillRect(left, top, clip.width, clip.height);
+      [context.strokeStyle, context.lineWidth, context.fillStyle] = ["#f2c26b", 4, "#8ab4f8"];
+      circle(left + 115, top + 45, 16);
+      context.stroke();
+      circle(left + x, top + y, 8);
+      context.fill();
+    }
+    return canvas;
+  };
+  const to = (x, y, ease) => (t) => [35 + (x - 35) * ease(t), 125 + (y - 125) * ease(t)];
+  const even = (t) => t, early = (t) => Math.min(1, 1.6 * t), away = (t) => [35 + 20 * Math.sin(9 * t), 125];
+  const make = (left, right, expected, why) =>
+    ({clip, left: sheet(left), right: sheet(right), expected, why, question: "which dot gets to the ring?"});
+  return [
+    make(to(115, 45, early), away, "left", "one dot reaches the ring, the other stays where it was"),
+    make(to(55, 120, even), to(90, 72, even), "right", "neither arrives, but one gets much closer"),
+    make(to(115, 45, early), (t) => [35 + 80 * early(t), 125 - 80 * early(t) ** 2], "equal",
+      "both get there, in the same time"),
+  ];
+}
+
+function practise(which) {
+  const {expected, why} = lessons[0];
+  if (which !== expected) {
+    shownAt = performance.now();
+    return say(`look again: ${why}`);
+  }
+  confirm(which);
+  say(`yes: ${why}`);
+  lessons.shift();
+  endPractice();
+}
+
+function endPractice() {
+  if (!lessons.length) localStorage.setItem("practised", "yes");
+  present();
+  fill();
+}
+
+// Keys, buttons, and the start ----------------------------------------------------------------------------------------
+const actions = {
+  left: () => answer("left"), right: () => answer("right"), equal: () => answer("equal"),
+  "cant-tell": () => answer("cant-tell"), undo, pause: () => setPaused(!paused), back: () => step(-1),
+  forth: () => step(1), help, who: askName,
+  skip: () => {
+    lessons = [];
+    endPractice();
+  },
+  speed: () => {
+    speed = {0.5: 1, 1: 2, 2: 0.5}[speed];
+    localStorage.setItem("speed", speed);
+    paint();
+  },
+};
+for (const [id, action] of Object.entries(actions))
+  $(id).addEventListener("click", (event) => {
+    if (event.detail) $(id).blur();  // the next press of space is for the clips
+    if (event.detail < 2 || !["left", "right", "equal", "cant-tell"].includes(id)) action();
+  });
+
+addEventListener("keydown", (event) => {
+  touchedAt = performance.now();
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "INPUT") return;
+  const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if ($("dialog").open) {
+    if (id === "help" && !event.repeat && $("dialog").querySelector("input").hidden) $("dialog").close();
+    return;
+  }
+  if (id || event.repeat) event.preventDefault();  // a held Enter would press the focused button again and again
+  if (id && (!event.repeat || id === "back" || id === "forth")) $(id).click();
+});
+addEventListener("pointerdown", () => touchedAt = performance.now());
+addEventListener("online", () => (flush(), fill()));
+addEventListener("visibilitychange", () => {
+  if (!document.hidden) document.title = "Which clip is better?";
+  beat();
+});
+addEventListener("pagehide", () => {  // they stay in the outbox, and are sent again if nothing acknowledges them
+  for (const key of outbox()) {
+    const {url, body} = JSON.parse(localStorage.getItem(key));
+    navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
+  }
+});
+
+async function start() {
+  requestAnimationFrame(tick);
+  for (;;) {
+    const reply = await fetch("/api/instructions").catch(() => null);
+    if (reply?.ok) {
+      texts = await reply.json();
+      break;
+    }
+    if (reply && reply.status < 500) return stranger();
+    await sleep(2000);
+  }
+  if (!localStorage.getItem("practised")) lessons = makeLessons();
+  if (labeller) present();
+  else await askName();
+  flush();
+  for (const pair of JSON.parse(sessionStorage.getItem("held") || "[]")) {
+    const reply = await post(`/api/servings/${pair.serving}/extend`, {}).catch(() => null);
+    if (reply?.ok) await take(pair).catch(() => null);
+  }
+  report();
+  fill();
+  setInterval(beat, HEARTBEAT);
+  setInterval(() => document.hidden || (report(), fill()), 10_000);
+}
+start();
+"""
+STATS_BODY = """<body class="stats"><main></main>
+"""
+STATS_SCRIPT = r"""
+"use strict";
+history.replaceState(null, "", location.pathname);
+const main = document.querySelector("main");
+const svgTag = (name) => document.createElementNS("http://www.w3.org/2000/svg", name);
+function put(parent, node, text, attributes = {}) {
+  const element = typeof node === "string" ? document.createElement(node) : node;
+  if (text !== undefined) element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return parent.appendChild(element);
+}
+const percent = (x) => x === null ? "–" : `${Math.round(100 * x)} %`;
+const number = (x, digits) => x === null ? "–" : x.toFixed(digits);
+const interval = (s) => s.n ? ` ${s.interval.map((x) => Math.round(100 * x)).join("–")}, n ${s.n}` : "";
+const COLUMNS = [
+  ["answers", (s) => s.answers], ["a minute", (s) => number(s.per_minute, 1)],
+  ["seconds", (s) => number(s.seconds, 1)], ["equal", (s) => percent(s.equal.share)],
+  ["can't tell", (s) => percent(s.cant_tell.share)], ["chose left", (s) => s.left],
+  ["same again", (s) => s.consistent], ["agree", (s) => s.agree], ["κ", (s) => number(s.kappa, 2)],
+  ["as true sums", (s) => s.true],
+];
+
+function table(parent, head, rows) {
+  const element = put(put(parent, "div", undefined, {class: "wide"}), "table");
+  const line = put(element, "tr");
+  for (const title of [head, ...COLUMNS.map(([title]) => title)]) put(line, "th", title);
+  for (const [name, stats] of rows) {
+    const line = put(element, "tr");
+    put(line, "td", name);
+    for (const [, read] of COLUMNS) {
+      const value = read(stats), cell = put(line, "td", value?.n === undefined ? value : percent(value.share));
+      if (value?.n !== undefined) put(cell, "small", interval(value));
+    }
+  }
+}
+
+function plot(parent, title, points, top) {
+  const svg = put(parent, svgTag("svg"), undefined, {viewBox: "0 0 520 170", role: "img", "aria-label": title});
+  put(svg, svgTag("text"), title, {x: 40, y: 12});
+  const [from, to] = points.length ? [points[0][0], points.at(-1)[0]] : [0, 1];
+  const highest = top || Math.max(1, ...points.map(([, y]) => y));
+  const x = (t) => 40 + 470 * (t - from) / (to - from || 1), y = (v) => 145 - 120 * v / highest;
+  for (const value of [0, highest / 2, highest]) {
+    put(svg, svgTag("path"), undefined, {d: `M40 ${y(value)}H510`});
+    const text = top ? value.toFixed(1) : Math.round(value);
+    put(svg, svgTag("text"), text, {x: 34, y: y(value) + 4, "text-anchor": "end"});
+  }
+  for (const [time, anchor] of points.length ? [[from, "start"], [to, "end"]] : []) {
+    const text = new Date(1000 * time).toLocaleString([], {dateStyle: "short", timeStyle: "short"});
+    put(svg, svgTag("text"), text, {x: x(time), y: 163, "text-anchor": anchor});
+  }
+  put(svg, svgTag("polyline"), undefined, {points: points.map(([t, v]) => `${x(t)},${y(v)}`).join(" ")});
+}
+
+async function refresh() {
+  const reply = await fetch("/api/stats").catch(() => null);
+  if (!reply?.ok) {
+    if (!main.firstChild || reply) main.textContent = reply ? "Please open the stats link that the server printed."
+      : "The server can't be reached.";
+    return;
+  }
+  const {all, labellers, runs} = await reply.json();
+  main.replaceChildren();
+  put(main, "h1", "Labels");
+  const legend = put(main, "p", "Small: 95 % interval in per cent, and number of answers. Same again: one person, "
+    + "the same pair twice. Agree, κ: one pair, two people. As true sums: decisive answers where the sums are known. ");
+  put(legend, "a", "Download all answers (JSON lines)", {href: "/export.jsonl"});
+  table(main, "people", [["all", all], ...labellers.map((s) => [s.labeller, s])]);
+  for (const run of [...runs].reverse()) {
+    const {status} = run;
+    put(main, "h2", `${run.env_id}: ${run.counted} of ${run.labels} labels${run.finished ? ", finished" : ""}`);
+    const steps = status.global_step === undefined ? "has not reported yet"
+      : `step ${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}, `
+      + `${status.labels_due} labels due${status.waiting ? ", waiting for them" : ""}`;
+    put(main, "p", `${run.name} (${run.script}), ${run.open} pairs open, ${run.late} answers late; ${steps}`);
+    plot(main, "labels", run.labels_over_time);
+    plot(main, "reward model: held-out accuracy", run.accuracy_over_time, 1);
+    table(main, "run", [[run.id.slice(0, 8), run]]);
+  }
+}
+refresh();
+setInterval(() => document.hidden || refresh(), 10_000);
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Which clip is better?</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style nonce="NONCE">{style}</style></head>
+{body}<script nonce="NONCE">{script}</script></body></html>
+"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-def main():
-    args = tyro.cli(Args, description=__doc__)
+def main(argv: list[str] | None = None):
+    args = tyro.cli(Args, args=argv, description=__doc__)
     check_args(args)
     read_instructions(args.instructions)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

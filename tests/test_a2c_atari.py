@@ -10,10 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from test_atari_runs import only, play_toy
 
 import a2c_atari_rlhf as script
 import ppo_atari_rlhf as ppo
+from test_atari_runs import only, play_toy
 
 SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256"]
 SMALL += ["--pairs-per-step", "0.25", "--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]

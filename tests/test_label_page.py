@@ -1,0 +1,441 @@
+"""The labelling page in a real browser: Playwright drives the chromium that is installed here."""
+
+import http.server
+import json
+import random
+import shutil
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+from playwright.sync_api import sync_playwright
+
+import label_server
+from benchmarks.label_server_kills import Server
+from label_world import TOKENS, World, listening, new_id, text
+
+FRAMES, SIZE = 12, 16
+CLIP = {"frames": FRAMES, "width": SIZE, "height": SIZE, "columns": 5, "fps": 20.0, "pixelated": True}
+RUN = {"name": "first", "env_id": "Hopper-v5", "script": "ppo", "labels": 100, "max_open": 1000, "clip": CLIP}
+LINK = f"/?token={TOKENS['labeller']}"
+# What a person has behind them after the first visit
+KNOWN = """for (const [key, value] of [["labeller", NAME], ["practised", "yes"], ["read:Hopper-v5", "yes"]])
+    if (!localStorage.getItem(key)) localStorage.setItem(key, value);"""
+# What is on the two canvases: the red channel tells the frame, the green one the clip
+SEEN = """() => ["left", "right"].map((side) => {
+    const canvas = document.querySelector(`#${side} canvas`);
+    const [red, green] = canvas.getContext("2d").getImageData(3, 3, 1, 1).data;
+    return [red / 16, green, Number(canvas.dataset.frame)];
+})"""
+
+
+def numbered_sheet(clip: int) -> str:
+    sheet = np.zeros((-(-FRAMES // 5) * SIZE, 5 * SIZE, 3), np.uint8)
+    for frame in range(FRAMES):
+        y, x = frame // 5 * SIZE, frame % 5 * SIZE
+        sheet[y : y + SIZE, x : x + SIZE] = (0, clip, 16 * frame)  # OpenCV writes blue, green, red
+    return text(cv2.imencode(".webp", sheet, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes())
+
+
+SHEETS = [numbered_sheet(60), numbered_sheet(200)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium here: the page was not tried in a browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One person's browser."""
+
+    def __init__(self, browser, url, name="Ann", **options):
+        self.context = browser.new_context(**({"viewport": {"width": 1000, "height": 700}} | options))
+        self.context.set_default_timeout(8000)
+        if name:
+            self.context.add_init_script(KNOWN.replace("NAME", json.dumps(name)))
+        self.page = self.context.new_page()
+        self.problems = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda line: line.type == "error" and self.problems.append(line.text))
+        if url:
+            self.page.goto(url)
+
+    def wait(self, state="label"):
+        self.page.wait_for_selector(f"body[data-state={state}]")
+
+    def serving(self):
+        return self.page.evaluate("document.body.dataset.serving")
+
+    def next(self, serving):
+        self.page.wait_for_function("(old) => document.body.dataset.serving !== old", arg=serving)
+
+    def do(self, action):
+        """Look at a pair long enough, act, and wait for the next pair; the one that was answered."""
+        self.wait()
+        serving = self.serving()
+        self.page.wait_for_timeout(300)
+        action()
+        self.next(serving)
+        return serving
+
+    def sent(self):
+        """Wait until the server has acknowledged everything."""
+        kept = "Object.keys(localStorage).filter((key) => key.startsWith('out:')).length"
+        self.page.wait_for_function(f"() => {kept} === 0", timeout=30_000)
+
+
+@pytest.fixture
+def world():
+    random.seed(0)
+    world = World("sqlite://", now=time.time())
+    with listening(world) as world.url:
+        yield world
+    world.close()
+
+
+@pytest.fixture
+def visit(browser, world):
+    visits = []
+
+    def start(name="Ann", path=LINK, **options):
+        visits.append(Visit(browser, world.url + path, name, **options))
+        return visits[-1]
+
+    yield start
+    for one in visits:
+        one.context.close()
+        assert one.problems == []
+
+
+def put(world, count, run=None):
+    if run is None:
+        run = new_id()
+        world.call("PUT", f"/api/runs/{run}", RUN, "trainer")
+    queries = [new_id() for _ in range(count)]
+    for query in queries:
+        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
+        world.call("PUT", f"/api/queries/{query}", body, "trainer")
+    return run, queries
+
+
+def said(event):
+    """The side that a person named, of an event that tells the trainer's clip."""
+    sides = ("right", "left") if event["swapped"] else ("left", "right")
+    return dict(zip(("first", "second"), sides, strict=True)).get(event["answer"], event["answer"])
+
+
+def test_every_key_and_button_answers(world, visit):
+    put(world, 15)
+    one = visit()
+    keys = {"ArrowLeft": "left", "a": "left", "A": "left", "ArrowRight": "right", "d": "right", "ArrowUp": "equal"}
+    keys |= {"=": "equal", "ArrowDown": "cant-tell"}
+    buttons = ("left", "right", "equal", "cant-tell")
+    servings = [one.do(lambda key=key: one.page.keyboard.press(key)) for key in keys]
+    servings += [one.do(lambda name=name: one.page.click(f"#{name}")) for name in buttons]
+    one.page.keyboard.press("Control+ArrowLeft")
+    one.sent()
+    journal = world.journal()
+    assert [event["serving"] for event in journal] == servings
+    assert [said(event) for event in journal] == [*keys.values(), *buttons]
+    assert {event["labeller"] for event in journal} == {"Ann"}
+    assert all(0.25 < event["seconds"] < 5 for event in journal)
+    assert {event["swapped"] for event in journal} == {True, False}
+
+
+def test_a_held_key_an_early_press_and_a_double_click_answer_once(world, visit):
+    put(world, 9)
+    one = visit()
+    for action in (
+        lambda: [one.page.keyboard.down("ArrowLeft") for _ in range(8)],  # from the second on: event.repeat
+        lambda: one.page.evaluate("[1, 2].forEach(() => document.querySelector('#left').click())"),
+        lambda: one.page.dblclick("#right"),
+        lambda: one.page.dblclick("#equal", delay=150),
+    ):
+        one.do(action)
+        one.page.keyboard.up("ArrowLeft")
+        one.page.wait_for_timeout(300)
+    one.page.focus("#left")
+    one.do(lambda: [one.page.keyboard.down("Enter") for _ in range(8)])
+    one.page.wait_for_timeout(300)
+    one.sent()
+    assert [said(event) for event in world.journal()] == ["left", "left", "right", "equal", "left"]
+
+
+def test_undo_shows_the_pair_again_and_the_new_answer_counts(world, visit):
+    run, _ = put(world, 4)
+    one = visit()
+    first = one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    second = one.do(lambda: one.page.keyboard.press("ArrowDown"))
+    for expected in (second, first):
+        before = one.serving()
+        one.page.keyboard.press("u")
+        one.next(before)
+        assert one.serving() == expected
+    assert one.do(lambda: one.page.keyboard.press("ArrowUp")) == first
+    assert one.do(lambda: one.page.click("#right")) == second
+    one.sent()
+    journal = world.journal()
+    assert [event["kind"] for event in journal] == ["answer", "answer", "retract", "retract", "answer", "answer"]
+    assert [event["retracts"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
+    world.now += label_server.GRACE
+    assert {event["query"]: event["answer"] for event in world.events(run)} == {
+        event["query"]: event["answer"] for event in journal[4:]
+    }
+
+
+def test_both_canvases_show_the_same_frame_and_the_last_one_stays(world, visit):
+    put(world, 1)
+    one = visit()
+    one.wait()
+    watch = """() => new Promise((done) => {
+        const look = SEEN, start = performance.now(), rows = [];
+        const again = (now) => {
+            rows.push([now, ...look()]);
+            now - start < 2600 ? requestAnimationFrame(again) : done(rows);
+        };
+        requestAnimationFrame(again);
+    })""".replace("SEEN", SEEN)
+    rows = one.page.evaluate(watch)
+    for _, left, right in rows:
+        assert left[0] == right[0] == left[2] == right[2]
+        assert {left[1], right[1]} == {60, 200}
+    frames = np.array([left[0] for _, left, _ in rows])
+    times = np.array([now for now, *_ in rows]) / 1000
+    assert set(frames) == set(range(FRAMES))
+    ends = np.flatnonzero((frames[:-1] == FRAMES - 1) & (frames[1:] == 0))
+    assert len(ends) == 2  # a loop takes 12 / 20 + 0.4 seconds
+    assert times[ends[1]] - times[ends[0]] == pytest.approx(FRAMES / 20 + 0.4, abs=0.15)
+    second = (np.arange(len(frames)) > ends[0]) & (np.arange(len(frames)) <= ends[1])
+    stay = times[second & (frames == FRAMES - 1)]
+    assert stay[-1] - stay[0] == pytest.approx(1 / 20 + 0.4, abs=0.12)
+
+
+def test_pause_step_speed_and_help(world, visit):
+    put(world, 1)
+    one = visit()
+    one.wait()
+
+    def frame():
+        one.page.wait_for_timeout(80)
+        left, right = one.page.evaluate(SEEN)
+        assert left[0] == right[0] == left[2]
+        return left[0]
+
+    one.page.keyboard.press(" ")
+    paused = frame()
+    one.page.wait_for_timeout(200)
+    assert frame() == paused
+    one.page.keyboard.press(".")
+    assert frame() == (paused + 1) % FRAMES
+    for _ in range(2):
+        one.page.keyboard.press(",")
+    assert frame() == (paused - 1) % FRAMES
+    one.page.keyboard.press("Space")
+    one.page.wait_for_timeout(700)
+    assert one.page.inner_text("#pause").split() == ["space", "pause"]
+    speeds = []
+    for _ in range(3):
+        one.page.keyboard.press("s")
+        speeds.append(one.page.inner_text("#speed").split()[-1])
+    assert speeds == ["2×", "0.5×", "1×"]
+    one.page.keyboard.press("?")
+    assert "Which hopper gets further to the right?" in one.page.inner_text("dialog")
+    one.page.keyboard.press("ArrowLeft")  # answers nothing behind the instructions
+    one.page.keyboard.press("?")
+    assert not one.page.is_visible("dialog")
+    assert world.journal() == []
+
+
+def test_a_first_visit_asks_the_name_and_practises(world, visit):
+    put(world, 2)
+    one = visit(name=None)
+    one.wait("name")
+    one.page.keyboard.press("Escape")  # a name is needed
+    one.page.fill("input", " <b>Ann</b> ")
+    one.page.keyboard.press("Enter")
+    one.wait("practice")
+    assert TOKENS["labeller"] not in one.page.url
+    assert one.page.inner_text("#who") == "<b>Ann</b>"
+    for wrong, right in (("ArrowRight", "ArrowLeft"), ("ArrowLeft", "ArrowRight"), ("ArrowDown", "ArrowUp")):
+        question = one.page.inner_text("#question")
+        one.page.wait_for_timeout(300)
+        one.page.keyboard.press(wrong)
+        assert one.page.inner_text("#said").startswith("look again: ")
+        assert one.page.inner_text("#question") == question
+        one.page.wait_for_timeout(300)
+        one.page.keyboard.press(right)
+        assert one.page.inner_text("#said").startswith("yes: ")
+    one.wait()
+    assert "Which hopper gets further to the right?" in one.page.inner_text("dialog")
+    one.page.keyboard.press("Enter")
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert [event["labeller"] for event in world.journal()] == ["<b>Ann</b>"]  # nothing of the practice is stored
+    one.page.reload()
+    one.wait()
+    assert not one.page.is_visible("dialog")
+
+
+def test_an_empty_queue_goes_on_by_itself(world, visit):
+    one = visit()
+    one.wait("waiting")
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('as soon as a trainer')")
+    run, _ = put(world, 1)
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.wait("waiting")
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('goes on by itself')")
+    put(world, 1, run)
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.sent()
+    assert len(world.journal()) == 2
+
+
+def test_two_people_are_never_given_the_same_pair(world, visit):
+    _, queries = put(world, 8)
+    people = [visit("Ann"), visit("Bob")]
+    for i in range(4):
+        for one in people:
+            one.do(lambda one=one, i=i: one.page.keyboard.press(("ArrowLeft", "ArrowUp")[i % 2]))
+    for one in people:
+        one.wait("waiting")
+        one.sent()
+    journal = world.journal()
+    assert sorted(event["query"] for event in journal) == sorted(queries)
+    assert [sum(event["labeller"] == name for event in journal) for name in ("Ann", "Bob")] == [4, 4]
+    assert all(event["counted"] for event in journal)
+
+
+def test_a_loaded_page_goes_on_with_the_pairs_it_had(world, visit):
+    put(world, 3)
+    one = visit()
+    one.wait()
+    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    serving = one.serving()
+    one.page.reload()
+    one.wait()
+    assert one.serving() == serving
+    assert one.do(lambda: one.page.keyboard.press("ArrowUp")) == serving
+    for _ in range(2):
+        one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.sent()
+    assert len({event["query"] for event in world.journal()}) == 3
+
+
+def test_motion_waits_for_who_prefers_it(world, visit):
+    put(world, 1)
+    one = visit(reduced_motion="reduce")
+    one.wait()
+    one.page.wait_for_timeout(300)
+    assert one.page.evaluate(SEEN)[0][0] == 0
+    assert one.page.inner_text("#pause").split() == ["space", "play"]
+    one.page.click("#pause")
+    one.page.wait_for_function("() => document.body.querySelector('#left canvas').dataset.frame > 2")
+
+
+def test_a_phone_labels_by_touch_without_scrolling(world, visit):
+    put(world, 4)
+    one = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, device_scale_factor=2)
+    one.wait()
+    page = one.page
+    assert page.evaluate("[document.scrollingElement.scrollHeight, document.scrollingElement.scrollWidth]") == [
+        844,
+        390,
+    ]
+    boxes = {name: page.locator(f"#{name}").bounding_box() for name in ("left", "right", "equal", "cant-tell", "undo")}
+    for name, box in boxes.items():
+        assert box["x"] >= 0, name
+        assert box["x"] + box["width"] <= 390, name
+        assert box["y"] + box["height"] <= 844, name
+        assert box["height"] >= 30, name
+    assert boxes["left"]["y"] + boxes["left"]["height"] <= boxes["right"]["y"]  # one above the other
+    assert boxes["left"]["height"] > 250
+    servings = [one.do(lambda name=name: page.tap(f"#{name}")) for name in ("left", "right", "cant-tell")]
+    before = one.serving()
+    page.tap("#undo")
+    one.next(before)
+    one.do(lambda: page.tap("#equal"))
+    one.sent()
+    journal = world.journal()
+    assert [said(event) for event in journal] == ["left", "right", "cant-tell", "cant-tell", "equal"]
+    assert [event["serving"] for event in journal] == [*servings, servings[-1], servings[-1]]
+
+
+def test_a_link_from_another_site_works_and_so_does_loading_again(world, visit):
+    """A web mail is another site: a cookie for this site only must be set, and be found again."""
+    put(world, 3)
+
+    class Mail(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(f'<link rel=icon href="data:,"><a href="{world.url}{LINK}">label</a>'.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Mail) as mail:
+        threading.Thread(target=mail.serve_forever, daemon=True).start()
+        one = visit(path="/stats")  # a stranger there
+        one.page.wait_for_function("() => document.body.innerText.includes('open the stats link')")
+        assert one.context.cookies() == []
+        one.problems.clear()  # the browser's own lines about the 401
+        one.page.goto(f"http://localhost:{mail.server_address[1]}/")
+        one.page.click("a")
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+        assert one.page.url == world.url + "/"
+        (cookie,) = one.context.cookies()
+        assert (cookie["httpOnly"], cookie["sameSite"], cookie["value"]) == (True, "Strict", TOKENS["labeller"])
+        one.page.reload()
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+        mail.shutdown()
+    one.sent()
+    assert len(world.journal()) == 2
+    one.problems[:] = [line for line in one.problems if "401" not in line]
+
+
+def test_a_stranger_is_told_to_use_the_link(world, visit):
+    put(world, 1)
+    one = visit(path="/?token=wrong")
+    one.wait("stranger")
+    assert "open the link" in one.page.inner_text("#notice")
+    one.problems[:] = [line for line in one.problems if "401" not in line]
+
+
+def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, tmp_path):
+    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
+    one = None
+    try:
+        run = new_id()
+        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
+        for _ in range(6):
+            body = {"run": run, "clips": SHEETS, "sums": [None, None]}
+            server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
+        one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
+        servings = [one.do(lambda: one.page.keyboard.press("ArrowLeft"))]
+        one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+        server.kill()
+        servings += [one.do(lambda: one.page.keyboard.press("ArrowUp")) for _ in range(2)]
+        one.page.keyboard.press("u")  # one of those was a slip
+        servings += [servings[-1], one.do(lambda: one.page.keyboard.press("ArrowRight"))]
+        one.page.wait_for_function("() => document.querySelector('#unsent').innerText.includes('kept here')")
+        server.start()
+        one.sent()
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+        one.sent()
+        journal = [json.loads(line) for line in server.call("GET", "/export.jsonl", role="admin").splitlines()]
+        assert [event["serving"] for event in journal[:5]] == servings
+        assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "retract", "answer", "answer"]
+        assert [said(journal[i]) for i in (0, 1, 2, 4, 5)] == ["left", "equal", "equal", "right", "left"]
+    finally:
+        if one:
+            one.context.close()
+        server.kill()

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "results")]
 
 from draw import collect, draw_human  # noqa: E402
+
 from robot_labeller import Robot  # noqa: E402
 
 

@@ -15,11 +15,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from robot_labeller import Robot
 
 import a2c_atari_rlhf as a2c
 import ppo_atari_rlhf as atari
 import ppo_mujoco_rlhf as mujoco
+from robot_labeller import Robot
 
 ROOT = Path(atari.__file__).parent
 

@@ -1,0 +1,78 @@
+"""The tables and figures of results/: scores against hand-worked numbers, and a user's own run in the figure."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "results"))
+
+import draw  # noqa: E402
+
+
+def row(env_id, feedback, score, labels="0", ablation="none"):
+    columns = {"env_id": env_id, "feedback": feedback, "labels": labels, "ablation": ablation}
+    return columns | {"final_return_mean": str(score) if score is not None else ""}
+
+
+def test_scores_are_normalised_between_the_random_policy_and_the_mean_of_the_baseline():
+    rows = [
+        row("Hopper-v5", "random", 200),
+        row("Hopper-v5", "true-reward", 4100),
+        row("Hopper-v5", "true-reward", 4300),
+    ]
+    rows += [row("Hopper-v5", "oracle", score, "700") for score in (2200, 4200, None)]
+    rows += [row("Hopper-v5", "oracle", 0, "700", "no-ensemble"), row("Ant-v5", "oracle", 900, "700")]
+    assert draw.normalised_scores(rows) == {"700": {"Hopper-v5": [0.5, 1.0]}}
+
+
+def test_the_interval_draws_seeds_within_each_task():
+    assert draw.bootstrap_interval([[0.5], [1.0, 1.0]]) == pytest.approx((0.75, 0.75))
+    low, high = draw.bootstrap_interval([[0.0, 1.0], [0.5]])
+    assert (low, high) == pytest.approx((0.25, 0.75))  # a quarter of the draws takes the same seed twice
+
+
+def test_the_papers_curves_are_found():
+    share, score = draw.paper_curve(2, "Hopper-v5", "real reward")
+    assert share[-1] == 1.0 and score[-1] == pytest.approx(4180, abs=50)
+    assert draw.paper_curve(2, "InvertedPendulum-v5", "700 syn") == ([], [])
+    assert draw.paper_curve(3, "ALE/Pong-v5", "RL")[1][-1] == pytest.approx(20.7, abs=0.5)
+
+
+def test_a_users_own_run_joins_the_table_and_the_figure(tmp_path, monkeypatch, capsys):
+    """The last value of a resumed run's step counts; a run that is collected twice is there once."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path / "results")
+    monkeypatch.setattr(draw, "HERE", tmp_path / "results")
+    run_dir = tmp_path / "Hopper-v5__ppo_mujoco_rlhf__1__20260101-000000"
+    run_dir.mkdir()
+    run = {"script": "ppo_mujoco_rlhf", "hardware": "a computer", "command": "python x.py --oracle --runs-dir /secret"}
+    (run_dir / "args.json").write_text(json.dumps(run))
+    summary = row("Hopper-v5", "oracle", 4000.0, "700") | {"total_timesteps": 40000, "labels_used": 700}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    with SummaryWriter(str(run_dir)) as writer:
+        for step, value in ((4000, 100.0), (8000, 300.0), (8000, 500.0), (21000, 900.0)):
+            writer.add_scalar("charts/episodic_return", value, step)
+    for _ in range(2):
+        draw.collect(run_dir)
+    (found,) = draw.read_csv(tmp_path / "results" / "mujoco.csv")
+    assert found["run"] == run_dir.name and found["command"] == "python x.py --oracle"
+    curve = draw.read_csv(tmp_path / "results" / "curves" / f"{run_dir.name}.csv")
+    assert [(p["step"], p["return"]) for p in curve] == [("20000", "300.0"), ("40000", "900.0")]
+    draw.draw_mujoco()
+    assert (tmp_path / "results" / "mujoco.png").stat().st_size > 10_000
+    assert "| Hopper-v5 | – | – | – | 4,000.0 | – |" in capsys.readouterr().out
+
+
+def test_what_is_in_the_results_is_of_runs_that_say_how_they_were_made():
+    for table in ("atari.csv", "mujoco.csv"):
+        rows = draw.read_csv(ROOT / "results" / table)
+        assert rows and len({found["run"] for found in rows}) == len(rows)
+        for found in rows:
+            assert found["command"].startswith("python ") and found["hardware"] and len(found["commit"]) >= 10
+            assert np.isfinite(float(found["final_return_mean"] or "nan")) or found["finished"] == "False"

@@ -97,7 +97,9 @@ class World:
 def listening(world):
     """The application behind a real socket, in a thread."""
     server = uvicorn.Server(uvicorn.Config(world.app, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -211,7 +211,7 @@ def test_both_canvases_show_the_same_frame_and_the_last_one_stays(world, visit):
     times = np.array([now for now, *_ in rows]) / 1000
     assert set(frames) == set(range(FRAMES))
     ends = np.flatnonzero((frames[:-1] == FRAMES - 1) & (frames[1:] == 0))
-    assert len(ends) == 2  # a loop takes 12 / 20 + 0.4 seconds
+    assert len(ends) >= 2  # a loop takes 12 / 20 + 0.4 seconds
     assert times[ends[1]] - times[ends[0]] == pytest.approx(FRAMES / 20 + 0.4, abs=0.15)
     second = (np.arange(len(frames)) > ends[0]) & (np.arange(len(frames)) <= ends[1])
     stay = times[second & (frames == FRAMES - 1)]
@@ -268,11 +268,11 @@ def test_a_first_visit_asks_the_name_and_practises(world, visit):
         question = one.page.inner_text("#question")
         one.page.wait_for_timeout(300)
         one.page.keyboard.press(wrong)
-        assert one.page.inner_text("#said").startswith("look again: ")
+        assert one.page.text_content("#said").startswith("look again: ")
         assert one.page.inner_text("#question") == question
         one.page.wait_for_timeout(300)
         one.page.keyboard.press(right)
-        assert one.page.inner_text("#said").startswith("yes: ")
+        assert one.page.text_content("#said").startswith("yes: ")
     one.wait()
     assert "Which hopper gets further to the right?" in one.page.inner_text("dialog")
     one.page.keyboard.press("Enter")

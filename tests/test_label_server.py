@@ -955,6 +955,12 @@ def test_what_a_start_prints_and_leaves(tmp_path):
         assert train.endswith(f"python ppo_mujoco_rlhf.py --human --labels 700 --label-server {server.url}")
         assert stats.endswith(f"{server.url}/stats?token={tokens['admin']}")
         assert sqlite3.sqlite_version in kept
+        times = []
+        for _ in range(20):  # with Nagle's algorithm each takes 40 ms: headers and body are two packets
+            started = time.perf_counter()
+            server.call("GET", "/api/instructions")
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.03
         assert stat.S_IMODE((tmp_path / "label_server.tokens").stat().st_mode) == 0o600
         second = subprocess.run(
             [sys.executable, label_server.__file__, "--port", "0"], cwd=tmp_path, capture_output=True

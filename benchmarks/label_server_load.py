@@ -1,0 +1,157 @@
+"""Fifty people with two seconds of think time label for a minute: how long do they wait for a claim, for an answer?
+
+    python benchmarks/label_server_load.py                              # SQLite; writes label_server_load.csv beside it
+    python benchmarks/label_server_load.py --database-url postgresql+psycopg://user@localhost/empty
+
+Each person keeps a connection, claims a pair, fetches its two clips, thinks, answers, and asks for progress as the page
+does; a trainer keeps the queue filled and reads the answers by long poll. Ends with exit code 1 on any error.
+"""
+
+import argparse
+import base64
+import csv
+import http.client
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+from label_server_kills import Server
+
+CLIP = {"frames": 25, "width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}
+RUN = {"name": "load", "env_id": "ALE/Pong-v5", "script": "load", "labels": 10**6, "max_open": 10**6, "clip": CLIP}
+
+
+def make_sheet(rng: np.random.Generator) -> str:
+    """About two kilobytes, as a lossless sheet of an Atari game."""
+    image = np.zeros((1050, 800, 3), np.uint8)
+    for x, y in rng.integers(0, (780, 1030), (60, 2)):
+        image[y : y + 16, x : x + 4] = rng.integers(0, 255, 3)
+    return base64.b64encode(cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()).decode()
+
+
+class Caller:
+    """A kept connection that notes how long each kind of request took."""
+
+    def __init__(self, server: Server, role: str, times: dict):
+        self.connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        self.headers = {"authorization": f"Bearer {server.tokens[role]}", "content-type": "application/json"}
+        self.times = times
+
+    def __call__(self, kind: str, method: str, path: str, body: dict | None = None):
+        started = time.perf_counter()
+        self.connection.request(method, path, json.dumps(body) if body is not None else None, self.headers)
+        reply = self.connection.getresponse()
+        data = reply.read()
+        self.times.setdefault(kind, []).append(time.perf_counter() - started)
+        if reply.status >= 400:
+            raise RuntimeError(f"{path}: {reply.status} {data[:200]}")
+        return data if reply.headers["content-type"] == "image/webp" else json.loads(data)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=50)
+    parser.add_argument("--think", type=float, default=2.0, help="mean of an exponential distribution, in seconds")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--database-url")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    args = parser.parse_args()
+    sheets = [make_sheet(np.random.default_rng(seed)) for seed in range(8)]
+    stop, times, errors = threading.Event(), {}, []
+
+    def guarded(work, *arguments):
+        try:
+            work(*arguments)
+        except Exception as error:
+            errors.append(repr(error))
+
+    def label(server, name, rng):
+        call = Caller(server, "labeller", times)
+        stop.wait(rng.uniform(0, args.think))
+        while not stop.is_set():
+            pair = call("claim", "POST", "/api/claim", {"labeller": name})["pair"]
+            if pair is None:
+                errors.append("the queue ran empty")
+                return
+            for side in ("left", "right"):
+                call("sprite", "GET", pair[side])
+            seconds = rng.expovariate(1 / args.think)
+            if stop.wait(seconds):  # the end, which would make all answer at once
+                return
+            body = {"id": uuid.uuid4().hex, "serving": pair["serving"], "labeller": name, "seconds": seconds}
+            call("answer", "POST", "/api/answers", body | {"answer": rng.choice(["left", "right", "equal"])})
+            call("progress", "GET", f"/api/progress?labeller={name.replace(' ', '%20')}")
+
+    def fill(server, run):
+        call, opened = Caller(server, "trainer", times), 0
+        while not stop.is_set():
+            if opened > 3 * args.people:
+                time.sleep(0.5)
+            body = {"run": run, "clips": random.sample(sheets, 2), "sums": [None, None]}
+            opened = call("put", "PUT", f"/api/queries/{uuid.uuid4().hex}", body)["open"]
+
+    def train(server, run):
+        call, seq = Caller(server, "trainer", times), 0
+        while not stop.is_set():
+            seq = call("events", "GET", f"/api/runs/{run}/events?after={seq}&wait=2")["seq"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), args.database_url)
+        try:
+            run = uuid.uuid4().hex
+            server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
+            for _ in range(2 * args.people):
+                body = {"run": run, "clips": random.sample(sheets, 2), "sums": [None, None]}
+                server.call("PUT", f"/api/queries/{uuid.uuid4().hex}", body, "trainer")
+            jobs = [(label, server, f"person {i}", random.Random(i)) for i in range(args.people)]
+            jobs += [(fill, server, run), (train, server, run)]
+            threads = [threading.Thread(target=guarded, args=job) for job in jobs]
+            for thread in threads:
+                thread.start()
+            time.sleep(args.seconds)
+            stop.set()
+            for thread in threads:
+                thread.join()
+        finally:
+            server.kill()
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    row = {"commit": commit.stdout.strip(), "database": (args.database_url or "sqlite").partition(":")[0]}
+    row |= {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
+    for kind in ("claim", "answer", "sprite", "progress"):
+        took = 1000 * np.array(times[kind])
+        row |= {f"{kind}_n": len(took), f"{kind}_p50_ms": round(np.median(took), 1)}
+        row |= {f"{kind}_p95_ms": round(np.quantile(took, 0.95), 1), f"{kind}_max_ms": round(took.max(), 1)}
+    row |= {
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+    }
+    for name, value in row.items():
+        print(f"{name:>18} {value}")
+    for error in errors[:5]:
+        print(error, file=sys.stderr)
+    fresh = not args.csv.exists()
+    with args.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    sys.exit(bool(errors))
+
+
+if __name__ == "__main__":
+    main()

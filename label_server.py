@@ -179,95 +179,58 @@ def read_instructions(path: Path | None) -> dict[str, str]:
 # The store
 # ----------------------------------------------------------------------------------------------------------------------
 metadata = sa.MetaData()
+
+
+def table(name: str, /, *constraints, optional: tuple[str, ...] = (), **columns) -> sa.Table:
+    """Its first column is the key; a column is needed unless it is optional; a string is what it refers to."""
+    key, made = next(iter(columns)), []
+    for column, kind in columns.items():
+        kind = sa.ForeignKey(kind) if isinstance(kind, str) else kind
+        made.append(sa.Column(column, kind, primary_key=column == key, nullable=column in optional))
+    return sa.Table(name, metadata, *made, *constraints)
+
+
+def one_of(column: str, *values: str) -> sa.CheckConstraint:
+    return sa.CheckConstraint(f"{column} in ({', '.join(map(repr, values))})")
+
+
 Uuid = sa.String(32)
-schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, primary_key=True))
-run = sa.Table(
-    "run",
-    metadata,
-    sa.Column("id", Uuid, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("env_id", sa.Text, nullable=False),
-    sa.Column("script", sa.Text, nullable=False),
-    sa.Column("labels", sa.Integer, nullable=False),
-    sa.Column("max_open", sa.Integer, nullable=False),
-    sa.Column("clip", sa.JSON, nullable=False),
-    sa.Column("finished", sa.Boolean, nullable=False, default=False),
-    sa.Column("time", sa.Double, nullable=False),
+schema_version = table("schema_version", version=sa.Integer)
+run = table(
+    "run", id=Uuid, name=sa.Text, env_id=sa.Text, script=sa.Text, labels=sa.Integer, max_open=sa.Integer, clip=sa.JSON,
+    finished=sa.Boolean, time=sa.Double,
+)  # fmt: skip
+status = table("status", sa.Index("of_run", "run"), number=sa.Integer, run="run.id", status=sa.JSON, time=sa.Double)
+query = table(
+    "query", sa.UniqueConstraint("id"), sa.Index("query_state", "run", "sent", "answer"),
+    number=sa.Integer, id=Uuid, run="run.id", sum_first=sa.Double, sum_second=sa.Double, repeat_due=sa.Boolean,
+    overlap_due=sa.Boolean, withdrawn=sa.Boolean, time=sa.Double,
+    answer=Uuid,  # the event that is the first standing answer
+    sent=sa.Boolean,  # it is in the trainer's stream
+    optional=("sum_first", "sum_second", "answer"),
+)  # fmt: skip
+sprite = table(
+    "sprite", sa.UniqueConstraint("query", "clip"), id=Uuid, query="query.id", clip=sa.Integer, data=sa.LargeBinary
 )
-status = sa.Table(
-    "status",
-    metadata,
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("run", sa.ForeignKey("run.id"), nullable=False, index=True),
-    sa.Column("status", sa.JSON, nullable=False),
-    sa.Column("time", sa.Double, nullable=False),
-)
-query = sa.Table(
-    "query",
-    metadata,
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("id", Uuid, nullable=False, unique=True),
-    sa.Column("run", sa.ForeignKey("run.id"), nullable=False),
-    sa.Column("sum_first", sa.Double),
-    sa.Column("sum_second", sa.Double),
-    sa.Column("repeat_due", sa.Boolean, nullable=False),
-    sa.Column("overlap_due", sa.Boolean, nullable=False),
-    sa.Column("withdrawn", sa.Boolean, nullable=False, default=False),
-    # The event that is the first standing answer, and whether the trainer's stream has it already
-    sa.Column("answer", Uuid),
-    sa.Column("sent", sa.Boolean, nullable=False, default=False),
-    sa.Column("time", sa.Double, nullable=False),
-    sa.Index("query_state", "run", "sent", "answer"),
-)
-sprite = sa.Table(
-    "sprite",
-    metadata,
-    sa.Column("id", Uuid, primary_key=True),
-    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
-    sa.Column("clip", sa.Integer, nullable=False),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-    sa.UniqueConstraint("query", "clip"),
-)
-serving = sa.Table(
-    "serving",
-    metadata,
-    sa.Column("id", Uuid, primary_key=True),
-    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
-    sa.Column("labeller", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, sa.CheckConstraint("kind in ('new', 'repeat', 'overlap')"), nullable=False),
-    sa.Column("swapped", sa.Boolean, nullable=False),
-    sa.Column("leased_until", sa.Double, nullable=False),
-    sa.Column("answer", Uuid),  # the event that stands
-    sa.Column("time", sa.Double, nullable=False),
-    sa.UniqueConstraint("query", "labeller", "kind"),
-    sa.Index("serving_labeller", "labeller", "answer"),
-)
-event = sa.Table(  # the journal: rows are only ever appended
-    "event",
-    metadata,
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("id", Uuid, nullable=False, unique=True),  # made by the client
-    sa.Column("kind", sa.Text, sa.CheckConstraint("kind in ('answer', 'retract')"), nullable=False),
-    sa.Column("serving", sa.ForeignKey("serving.id"), nullable=False),
-    sa.Column("labeller", sa.Text, nullable=False),
-    sa.Column("answer", sa.Text, sa.CheckConstraint("answer in ('first', 'second', 'equal', 'cant-tell')")),
-    sa.Column("retracts", Uuid),
-    sa.Column("late", sa.Boolean, nullable=False),
-    sa.Column("counted", sa.Boolean, nullable=False),
-    sa.Column("seconds", sa.Double),
-    sa.Column("time", sa.Double, nullable=False),
-    sa.Index("event_labeller", "labeller", "kind", "number"),
-)
-stream = sa.Table(  # what the trainers read, appended to as well
-    "stream",
-    metadata,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("run", sa.ForeignKey("run.id"), nullable=False),
-    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("answer", sa.Text, nullable=False),
-    sa.Index("stream_run", "run", "seq"),
-)
+serving = table(
+    "serving", sa.UniqueConstraint("query", "labeller", "kind"), sa.Index("serving_labeller", "labeller", "answer"),
+    one_of("kind", "new", "repeat", "overlap"),
+    id=Uuid, query="query.id", labeller=sa.Text, kind=sa.Text, swapped=sa.Boolean, leased_until=sa.Double,
+    time=sa.Double,
+    answer=Uuid,  # the event that stands
+    optional=("answer",),
+)  # fmt: skip
+event = table(  # the journal: rows are only ever appended
+    "event", sa.UniqueConstraint("id"), sa.Index("event_labeller", "labeller", "kind", "number"),
+    one_of("kind", "answer", "retract"), one_of("answer", "first", "second", "equal", "cant-tell"),
+    number=sa.Integer, id=Uuid, kind=sa.Text, serving="serving.id", labeller=sa.Text, answer=sa.Text, retracts=Uuid,
+    late=sa.Boolean, counted=sa.Boolean, seconds=sa.Double, time=sa.Double,
+    optional=("retracts", "seconds"),
+)  # fmt: skip
+stream = table(  # what the trainers read, appended to as well
+    "stream", sa.Index("stream_run", "run", "seq"),
+    seq=sa.Integer, run="run.id", query="query.id", kind=sa.Text, answer=sa.Text,
+)  # fmt: skip
 
 
 class Store:
@@ -329,9 +292,9 @@ def open_schema(conn) -> str | None:
         conn.execute(schema_version.insert().values(version=SCHEMA_VERSION))
         return None
     version = conn.scalar(sa.select(schema_version.c.version)) if "schema_version" in known else None
-    return (
-        None if version == SCHEMA_VERSION else f"has schema version {version}" if version else "is not a label server's"
-    )
+    if version == SCHEMA_VERSION:
+        return None
+    return f"has schema version {version}" if version else "is not a label server's"
 
 
 def prepare_sqlite(connection: sqlite3.Connection, _):
@@ -401,7 +364,7 @@ def put_run(conn, now: float, run_id: str, body: dict) -> dict:
         changing = {name: body[name] for name in ("name", "labels", "max_open")}
         conn.execute(run.update().where(run.c.id == run_id).values(**changing))
     else:
-        conn.execute(run.insert().values(id=run_id, time=now, **body))
+        conn.execute(run.insert().values(id=run_id, finished=False, time=now, **body))
     return {"known": conn.scalars(sa.select(query.c.id).where(query.c.run == run_id).order_by(query.c.number)).all()}
 
 
@@ -419,7 +382,7 @@ def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) ->
     first, second = body.sums
     shares = {"repeat_due": random.random() < args.repeat_frac, "overlap_due": random.random() < args.overlap_frac}
     values = {"id": query_id, "run": body.run, "sum_first": first, "sum_second": second, "time": now, **shares}
-    conn.execute(query.insert().values(**values))
+    conn.execute(query.insert().values(**values, withdrawn=False, sent=False))
     sprites = [{"id": uuid.uuid4().hex, "query": query_id, "clip": i, "data": data} for i, data in enumerate(clips)]
     conn.execute(sprite.insert(), sprites)
     opened = count_open(conn, body.run)

@@ -858,10 +858,10 @@ def test_any_order_of_requests(request, database_url, tmp_path):
         return new_postgres_database(request.getfixturevalue("postgres"))
 
     Machine.make_url = staticmethod(make_url)
-    examples = 25 if database_url.startswith("sqlite") else 8
+    examples = 15 if database_url.startswith("sqlite") else 6
     checks = list(hypothesis.HealthCheck)
     settings = hypothesis.settings(
-        max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=checks, database=None
+        max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=checks, database=None
     )
     stateful.run_state_machine_as_test(Machine, settings=settings)
 

@@ -355,6 +355,13 @@ def count_open(conn, run_id: str) -> int:
     return conn.scalar(sa.select(sa.func.count()).select_from(query).where(is_open(run_id)))
 
 
+def count_awaited(conn, run_id: str) -> int:
+    """What a trainer may still hear of: open queries, and answers that are held back for a while. Were those left out,
+    it would ask for what it has already been given."""
+    awaited = sa.and_(query.c.run == run_id, ~query.c.sent, sa.or_(query.c.answer.is_not(None), ~query.c.withdrawn))
+    return conn.scalar(sa.select(sa.func.count()).select_from(query).where(awaited))
+
+
 def put_run(conn, now: float, run_id: str, body: dict) -> dict:
     known = conn.execute(sa.select(run).where(run.c.id == run_id)).mappings().first()
     for name in ("env_id", "script", "clip") if known else ():
@@ -378,7 +385,7 @@ def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) ->
         stored = conn.scalars(sa.select(sprite.c.data).where(sprite.c.query == query_id).order_by(sprite.c.clip)).all()
         if known != body.run or stored != clips:
             raise HTTPException(409, "this id belongs to another query")
-        return {"open": count_open(conn, body.run)}
+        return {"open": count_awaited(conn, body.run)}
     first, second = body.sums
     shares = {"repeat_due": random.random() < args.repeat_frac, "overlap_due": random.random() < args.overlap_frac}
     values = {"id": query_id, "run": body.run, "sum_first": first, "sum_second": second, "time": now, **shares}
@@ -391,7 +398,7 @@ def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) ->
     withdrawn = conn.scalars(oldest).all() if surplus else []
     if withdrawn:
         conn.execute(query.update().where(query.c.id.in_(withdrawn)).values(withdrawn=True))
-    return {"open": opened - len(withdrawn)}
+    return {"open": count_awaited(conn, body.run)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -566,7 +573,7 @@ def read_events(conn, now: float, run_id: str, after: int) -> dict:
         sa.select(*columns).where(stream.c.run == run_id, stream.c.seq > after).order_by(stream.c.seq).limit(1000)
     )
     events = [dict(row) for row in rows.mappings()]
-    return {"events": events, "open": count_open(conn, run_id), "seq": events[-1]["seq"] if events else after}
+    return {"events": events, "open": count_awaited(conn, run_id), "seq": events[-1]["seq"] if events else after}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

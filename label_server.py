@@ -85,6 +85,10 @@ class Args:
     """share of pairs shown to a second person too: agreement; does not train. 0: no pair is shown to two people"""
 
 
+def is_local(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def check_args(args: Args) -> None:
     for flag, share in (("--repeat-frac", args.repeat_frac), ("--overlap-frac", args.overlap_frac)):
         if not 0 <= share <= 1:
@@ -231,6 +235,7 @@ stream = table(  # what the trainers read, appended to as well
     "stream", sa.Index("stream_run", "run", "seq"),
     seq=sa.Integer, run="run.id", query="query.id", kind=sa.Text, answer=sa.Text,
 )  # fmt: skip
+later = event.alias()
 
 
 class Store:
@@ -335,9 +340,8 @@ def decode_clip(number: int, text: str, clip: dict) -> bytes:
         raise HTTPException(422, f"clips[{number}] {error}") from None
     expected = clip["columns"] * clip["width"], math.ceil(clip["frames"] / clip["columns"]) * clip["height"]
     if found != expected:
-        raise HTTPException(
-            422, f"clips[{number}] is {found[0]}x{found[1]}, this run's are {expected[0]}x{expected[1]}"
-        )
+        sizes = f"is {found[0]}x{found[1]}, this run's are {expected[0]}x{expected[1]}"
+        raise HTTPException(422, f"clips[{number}] {sizes}")
     return data
 
 
@@ -404,28 +408,25 @@ def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # Servings and answers: what a person does
 # ----------------------------------------------------------------------------------------------------------------------
+def answered_later():
+    """Of an alias of the journal: an answer that the same person gave after this event."""
+    return sa.and_(later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number)
+
+
 def choose(conn, now: float, labeller: str, run_id: str | None):
     """What to show next, and as what: a repetition or second opinion that is due, else the newest open query."""
     live = query.c.run.in_(sa.select(run.c.id).where(~run.c.finished, run.c.id == run_id if run_id else sa.true()))
     candidates = sa.select(query.c.id).where(live, ~is_held(now)).limit(1)
     mine = sa.exists().where(serving.c.query == query.c.id, serving.c.labeller == labeller).correlate(query)
-    later = event.alias()
-    since = sa.select(sa.func.count()).where(
-        later.c.labeller == labeller, later.c.kind == "answer", later.c.number > event.c.number
-    )
+    answered = mine.where(serving.c.answer.is_not(None))
+    since = sa.select(sa.func.count()).where(answered_later()).scalar_subquery().correlate(event)
     repeats = candidates.join(event, event.c.id == query.c.answer).order_by(query.c.number)
-    repeats = repeats.where(
-        query.c.repeat_due, event.c.labeller == labeller, since.scalar_subquery().correlate(event) >= REPEAT_GAP
-    )
-    overlaps = candidates.where(
-        query.c.overlap_due,
-        query.c.answer.is_not(None),
-        ~mine.where(sa.or_(serving.c.kind != "overlap", serving.c.answer.is_not(None))),
-    ).order_by(query.c.number.desc())
-    fresh = candidates.where(
-        ~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn, ~mine.where(serving.c.answer.is_not(None))
-    ).order_by(query.c.number.desc())
-    for kind, statement in (("repeat", repeats), ("overlap", overlaps), ("new", fresh)):
+    repeats = repeats.where(query.c.repeat_due, event.c.labeller == labeller, since >= REPEAT_GAP)
+    overlaps = candidates.where(query.c.overlap_due, query.c.answer.is_not(None), ~answered)
+    overlaps = overlaps.where(~mine.where(serving.c.kind != "overlap")).order_by(query.c.number.desc())
+    fresh = candidates.where(~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn, ~answered)
+    fresh = fresh.order_by(query.c.number.desc())
+    for kind, statement in {"repeat": repeats, "overlap": overlaps, "new": fresh}.items():
         chosen = conn.scalar(statement)
         if chosen:
             return kind, chosen
@@ -453,16 +454,8 @@ def claim(conn, now: float, labeller: str, run_id: str | None, is_admin: bool) -
 def describe(conn, serving_id: str, is_admin: bool) -> dict:
     """A serving as the page gets it; who may label does not learn the run or the true sums."""
     joined = sa.join(sa.join(serving, query, serving.c.query == query.c.id), run, query.c.run == run.c.id)
-    columns = (
-        serving.c.swapped,
-        query.c.id,
-        query.c.run,
-        query.c.sum_first,
-        query.c.sum_second,
-        run.c.clip,
-        run.c.env_id,
-    )
-    row = conn.execute(sa.select(*columns).select_from(joined).where(serving.c.id == serving_id)).one()
+    wanted = sa.select(serving.c.swapped, query, run.c.clip, run.c.env_id).select_from(joined)
+    row = conn.execute(wanted.where(serving.c.id == serving_id)).one()
     sides = conn.scalars(sa.select(sprite.c.id).where(sprite.c.query == row.id).order_by(sprite.c.clip)).all()
     sums = [row.sum_first, row.sum_second]
     if row.swapped:
@@ -509,7 +502,7 @@ def record_answer(conn, now: float, body: "AnswerBody") -> dict:
     conn.execute(event.insert().values(**values))
     conn.execute(serving.update().where(serving.c.id == body.serving).values(answer=body.id))
     if counted:
-        conn.execute(query.update().where(query.c.id == found.query).values(answer=body.id, sent=False))
+        conn.execute(query.update().where(query.c.id == found.query).values(answer=body.id))
     elif found.kind != "new":
         conn.execute(query.update().where(query.c.id == found.query).values({f"{found.kind}_due": False}))
     return {"late": late, "counted": counted}
@@ -547,31 +540,19 @@ def record_retract(conn, now: float, answer_id: str, body: "RetractBody", is_adm
 # ----------------------------------------------------------------------------------------------------------------------
 def release(conn, now: float, run_id: str) -> None:
     """Append to the stream what nobody is about to undo. Whether the trainer has an answer is thus a stored fact."""
-    later = event.alias()
-    answered_since = sa.exists().where(
-        later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number
-    )
-    due = conn.execute(
-        sa.select(query.c.id, event.c.answer)
-        .join(event, event.c.id == query.c.answer)
-        .where(
-            query.c.run == run_id, ~query.c.sent, sa.or_(event.c.time <= now - GRACE, answered_since.correlate(event))
-        )
-        .order_by(event.c.number)
-    ).all()
-    for row in due:
+    ripe = sa.or_(event.c.time <= now - GRACE, sa.exists().where(answered_later()).correlate(event))
+    due = sa.select(query.c.id, event.c.answer).join(event, event.c.id == query.c.answer).order_by(event.c.number)
+    for row in conn.execute(due.where(query.c.run == run_id, ~query.c.sent, ripe)).all():
         conn.execute(stream.insert().values(run=run_id, query=row.id, kind="answer", answer=row.answer))
-    conn.execute(query.update().where(query.c.id.in_([row.id for row in due])).values(sent=True)) if due else None
+        conn.execute(query.update().where(query.c.id == row.id).values(sent=True))
 
 
 def read_events(conn, now: float, run_id: str, after: int) -> dict:
     if not conn.scalar(sa.select(run.c.id).where(run.c.id == run_id)):
         raise HTTPException(404, "no such run")
     release(conn, now, run_id)
-    columns = (stream.c.seq, stream.c.query, stream.c.kind, stream.c.answer)
-    rows = conn.execute(
-        sa.select(*columns).where(stream.c.run == run_id, stream.c.seq > after).order_by(stream.c.seq).limit(1000)
-    )
+    news = sa.select(stream.c.seq, stream.c.query, stream.c.kind, stream.c.answer).order_by(stream.c.seq).limit(1000)
+    rows = conn.execute(news.where(stream.c.run == run_id, stream.c.seq > after))
     events = [dict(row) for row in rows.mappings()]
     return {"events": events, "open": count_awaited(conn, run_id), "seq": events[-1]["seq"] if events else after}
 
@@ -719,10 +700,9 @@ def export(conn) -> list[dict]:
 # Requests: who may send what
 # ----------------------------------------------------------------------------------------------------------------------
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Name = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\x7f]+$")
-]
+PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+Line = Annotated[str, StringConstraints(max_length=200, pattern=PRINTABLE)]
+Name = Annotated[str, StringConstraints(max_length=40, pattern=PRINTABLE, strip_whitespace=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=LONGEST_WAIT)]
@@ -873,8 +853,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     instructions = {"rules": GENERAL, "tasks": read_instructions(args.instructions)}
     digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ("trainer", "labeller", "admin")}
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
-    local = args.host in ("localhost", "::1") or args.host.startswith("127.")
-    hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if local else None
+    hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
     if hosts and args.public_url:
         hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url))
     news = {"queries": threading.Condition(), "answers": threading.Condition()}
@@ -918,6 +897,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
         return JSONResponse({"detail": f"{where}: {first['msg']}".encode(errors="replace").decode()}, 422)
 
     @app.exception_handler(sa.exc.OperationalError)
+    @app.exception_handler(sa.exc.TimeoutError)
     async def database_away(*_):
         return JSONResponse({"detail": "the database can't be reached; try again"}, 503)
 
@@ -1707,7 +1687,9 @@ def main(argv: list[str] | None = None):
     if store.is_sqlite:
         shown += f" (SQLite {sqlite3.sqlite_version}, one connection, synchronous=FULL)"
     print(f"label here:       {url}/?token={tokens['labeller']}")
-    print(f"start a trainer:  python ppo_mujoco_rlhf.py --human --labels 700 --label-server {url}")
+    # A trainer on this machine finds its token in the file; one elsewhere needs it in the line
+    server_url = url if is_local(args.host) and not args.public_url else f"'{url}/?token={tokens['trainer']}'"
+    print(f"start a trainer:  python ppo_mujoco_rlhf.py --human --labels 700 --label-server {server_url}")
     print(f"watch the labels: {url}/stats?token={tokens['admin']}")
     print(f"kept in:          {shown}", flush=True)
     with suppress(KeyboardInterrupt):

@@ -979,6 +979,15 @@ def test_what_a_start_prints_and_leaves(tmp_path):
         server.kill()
 
 
+def test_a_trainer_elsewhere_is_given_its_token(tmp_path):
+    server = Server(tmp_path, None, "--public-url", "https://labels.example.org/")
+    server.kill()
+    trainer = server.tokens["trainer"]
+    assert server.links[1].endswith(f"--label-server 'https://labels.example.org/?token={trainer}'\n")
+    assert f" https://labels.example.org/?token={server.tokens['labeller']}\n" in server.links[0]
+    assert server.tokens["url"] == "https://labels.example.org"
+
+
 def test_importing_has_no_side_effect(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(Path(label_server.__file__).parent)!r}); import label_server"
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)

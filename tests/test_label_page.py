@@ -153,8 +153,14 @@ def test_every_key_and_button_answers(world, visit):
 def test_a_held_key_an_early_press_and_a_double_click_answer_once(world, visit):
     put(world, 9)
     one = visit()
+
+    def hold(key):  # for longer than a new pair is deaf; from the second on event.repeat is set
+        for _ in range(5):
+            one.page.keyboard.down(key)
+            one.page.wait_for_timeout(120)
+
     for action in (
-        lambda: [one.page.keyboard.down("ArrowLeft") for _ in range(8)],  # from the second on: event.repeat
+        lambda: hold("ArrowLeft"),
         lambda: one.page.evaluate("[1, 2].forEach(() => document.querySelector('#left').click())"),
         lambda: one.page.dblclick("#right"),
         lambda: one.page.dblclick("#equal", delay=150),
@@ -163,7 +169,7 @@ def test_a_held_key_an_early_press_and_a_double_click_answer_once(world, visit):
         one.page.keyboard.up("ArrowLeft")
         one.page.wait_for_timeout(300)
     one.page.focus("#left")
-    one.do(lambda: [one.page.keyboard.down("Enter") for _ in range(8)])
+    one.do(lambda: hold("Enter"))
     one.page.wait_for_timeout(300)
     one.sent()
     assert [said(event) for event in world.journal()] == ["left", "left", "right", "equal", "left"]
@@ -296,6 +302,21 @@ def test_an_empty_queue_goes_on_by_itself(world, visit):
     one.do(lambda: one.page.keyboard.press("ArrowUp"))
     one.sent()
     assert len(world.journal()) == 2
+
+
+def test_an_answer_that_the_server_could_not_take_is_sent_again(world, visit):
+    put(world, 2)
+    one, refused = visit(), []
+
+    def fail_once(route):
+        refused.append(route.request.post_data)
+        route.fulfill(status=503, body="{}")
+
+    one.page.route("**/api/answers", fail_once, times=1)
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert [event["id"] for event in world.journal()] == [json.loads(refused[0])["id"]]
+    one.problems[:] = [line for line in one.problems if "503" not in line]
 
 
 def test_two_people_are_never_given_the_same_pair(world, visit):

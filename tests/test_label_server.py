@@ -1,6 +1,7 @@
 """The label server against hand-worked answers, on SQLite and on a PostgreSQL that these tests start themselves."""
 
 import contextlib
+import http.client
 import json
 import os
 import pwd
@@ -755,66 +756,63 @@ def test_odd_text_is_refused_in_one_sentence(lone):
 
 
 # Robustness -----------------------------------------------------------------------------------------------------------
-class Machine(stateful.RuleBasedStateMachine):
-    """Any order of claims, answers, double posts, undos, pauses and restarts, beside a model of a few lines."""
+BOUNDED = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None)
 
-    names = st.sampled_from(["Ann", "Bob", "Cyd"])
+
+class Machine(stateful.RuleBasedStateMachine):
+    """Any order of claims, answers, double posts, undos, pauses and restarts, beside a model of a few lines.
+
+    One rule draws what to do: Hypothesis leaves most of several rules out of most examples, and then little happens.
+    """
+
+    deeds = ["put"] * 3 + ["claim"] * 3 + ["answer"] * 5 + ["undo"] * 2 + ["train"] * 2 + ["wait"] * 2 + ["reopen"]
     make_url = None
 
     def __init__(self):
         super().__init__()
         self.world = World(type(self).make_url())
         self.run = self.world.run()
-        self.queries, self.servings, self.answers, self.acknowledged = [], {}, {}, []
+        self.queries, self.servings, self.acknowledged = [], {}, []
         self.standing, self.stream, self.seq = {}, {}, 0
 
-    @stateful.rule()
-    def put(self):
-        self.queries.append(self.world.query(self.run))
+    @stateful.rule(data=st.data(), deed=st.sampled_from(deeds))
+    def do(self, data, deed):
+        getattr(self, deed)(lambda options: data.draw(st.sampled_from(options)))
 
-    @stateful.rule(name=names)
-    def claim(self, name):
+    def pick(self, draw, answered):
+        known = [serving for serving, of in self.servings.items() if bool(of["answer"]) == answered]
+        return draw(known) if known else None
+
+    def put(self, draw):
+        self.queries.append(self.world.query(self.run))
+        self.claim(draw)
+
+    def claim(self, draw):
+        name = draw(["Ann", "Bob", "Cyd"])
         pair = self.world.claim(name)
-        done = {s["query"] for s in self.servings.values() if s["name"] == name and s["answer"]}
-        held = {s["query"] for s in self.servings.values() if not s["answer"] and s["until"] > self.world.now}
+        done = {of["query"] for of in self.servings.values() if of["name"] == name and of["answer"]}
+        held = {of["query"] for of in self.servings.values() if not of["answer"] and of["until"] > self.world.now}
         offered = [q for q in self.queries if q not in done | held | self.standing.keys()]
         assert (pair and pair["query"]) == (offered[-1] if offered else None)
         if pair:
             until = self.world.now + label_server.LEASE
             self.servings[pair["serving"]] = {"query": pair["query"], "name": name, "until": until, "answer": None}
 
-    def pick(self, data, answered):
-        known = [s for s, serving in self.servings.items() if bool(serving["answer"]) == answered]
-        return data.draw(st.sampled_from(known)) if known else None
-
-    @stateful.rule(data=st.data(), said=st.sampled_from(["left", "right", "equal", "cant-tell"]))
-    def answer(self, data, said):
-        if serving := self.pick(data, False):
-            of = self.servings[serving]
+    def answer(self, draw):
+        if serving := self.pick(draw, False):
+            of, said = self.servings[serving], draw(["left", "right", "equal", "cant-tell"])
             reply = self.world.answer({"serving": serving}, said, of["name"])
             late, counted = of["until"] < self.world.now, of["query"] not in self.standing
             assert (reply["late"], reply["counted"]) == (late, counted)
+            assert self.world.answer({"serving": serving}, said, of["name"], id=reply["id"]) == reply
+            self.world.answer({"serving": serving}, "left", of["name"], expect=409)
             of["answer"] = reply["id"]
-            self.answers[reply["id"]] = (serving, said, reply)
             self.acknowledged.append(reply["id"])
             if counted:
                 self.standing[of["query"]] = reply["id"]
 
-    @stateful.rule(data=st.data())
-    def post_again(self, data):
-        if self.answers:
-            serving, said, reply = self.answers[data.draw(st.sampled_from(sorted(self.answers)))]
-            again = self.world.answer({"serving": serving}, said, self.servings[serving]["name"], id=reply["id"])
-            assert again == reply
-
-    @stateful.rule(data=st.data())
-    def answer_again(self, data):
-        if serving := self.pick(data, True):
-            self.world.answer({"serving": serving}, "left", self.servings[serving]["name"], expect=409)
-
-    @stateful.rule(data=st.data())
-    def undo(self, data):
-        if serving := self.pick(data, True):
+    def undo(self, draw):
+        if serving := self.pick(draw, True):
             of, id = self.servings[serving], new_id()
             for _ in range(2):
                 self.world.retract(of["answer"], of["name"], id=id)
@@ -823,17 +821,14 @@ class Machine(stateful.RuleBasedStateMachine):
                 del self.standing[of["query"]]
             of["answer"], of["until"] = None, self.world.now + label_server.LEASE
 
-    @stateful.rule(seconds=st.sampled_from([1, label_server.GRACE, label_server.LEASE + 1]))
-    def wait(self, seconds):
-        self.world.now += seconds
+    def wait(self, draw):
+        self.world.now += draw([1, label_server.GRACE, label_server.LEASE + 1])
 
-    @stateful.rule()
-    def reopen(self):
+    def reopen(self, _):
         self.world.close()
         self.world.open()
 
-    @stateful.rule()
-    def train(self):
+    def train(self, _):
         for event in self.world.events(self.run, self.seq):
             assert event["seq"] > self.seq
             self.seq = event["seq"]
@@ -845,7 +840,7 @@ class Machine(stateful.RuleBasedStateMachine):
 
     def teardown(self):
         self.world.now += label_server.GRACE
-        self.train()
+        self.train(None)
         lines = self.world.journal()
         journal = {line["id"]: line for line in lines}
         assert [line["id"] for line in lines] == self.acknowledged  # each once, in order
@@ -860,11 +855,9 @@ def test_any_order_of_requests(request, database_url, tmp_path):
         return new_postgres_database(request.getfixturevalue("postgres"))
 
     Machine.make_url = staticmethod(make_url)
-    examples = 15 if database_url.startswith("sqlite") else 6
-    checks = list(hypothesis.HealthCheck)
-    settings = hypothesis.settings(
-        max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=checks, database=None
-    )
+    examples = 12 if database_url.startswith("sqlite") else 5
+    phases = [hypothesis.Phase.generate]  # shrinking a failure would take minutes
+    settings = hypothesis.settings(BOUNDED, max_examples=examples, stateful_step_count=25, phases=phases)
     stateful.run_state_machine_as_test(Machine, settings=settings)
 
 
@@ -873,7 +866,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", idle, headers={"host": 
 
 
 @schema.parametrize()
-@hypothesis.settings(max_examples=12, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None)
+@hypothesis.settings(BOUNDED, max_examples=12)
 def test_no_request_makes_the_server_fail(case):
     for role in ("admin", "labeller"):
         headers = {"authorization": f"Bearer {TOKENS[role]}", "host": "127.0.0.1"}
@@ -957,12 +950,14 @@ def test_what_a_start_prints_and_leaves(tmp_path):
         assert train.endswith(f"python ppo_mujoco_rlhf.py --human --labels 700 --label-server {server.url}")
         assert stats.endswith(f"{server.url}/stats?token={tokens['admin']}")
         assert sqlite3.sqlite_version in kept
-        times = []
+        connection, times = http.client.HTTPConnection(server.url.removeprefix("http://")), []
         for _ in range(20):  # with Nagle's algorithm each takes 40 ms: headers and body are two packets
             started = time.perf_counter()
-            server.call("GET", "/api/instructions")
+            connection.request("GET", "/api/instructions", headers={"authorization": f"Bearer {tokens['labeller']}"})
+            assert connection.getresponse().read()
             times.append(time.perf_counter() - started)
-        assert min(times) < 0.03
+        connection.close()
+        assert np.median(times) < 0.03
         assert stat.S_IMODE((tmp_path / "label_server.tokens").stat().st_mode) == 0o600
         second = subprocess.run(
             [sys.executable, label_server.__file__, "--port", "0"], cwd=tmp_path, capture_output=True

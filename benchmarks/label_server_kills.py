@@ -3,11 +3,13 @@
     python benchmarks/label_server_kills.py --kills 20                                     # SQLite; a minute
     python benchmarks/label_server_kills.py --kills 20 --database-url postgresql+psycopg://user@localhost/empty
 
-Prints a line of JSON; ends with exit code 1 where an answer was lost or doubled.
+Appends a row to label_server_kills.csv beside it; ends with exit code 1 where an answer was lost or doubled.
 """
 
 import argparse
 import base64
+import csv
+import http.client
 import itertools
 import json
 import random
@@ -66,7 +68,7 @@ class Server:
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     raise
-            except (OSError, ValueError):  # gone before, during or after the reply; or in the middle of it
+            except (OSError, ValueError, http.client.HTTPException):  # gone before, after or in the middle of the reply
                 pass
             time.sleep(0.02)
 
@@ -112,6 +114,7 @@ def storm(server: Server, kills: int, rng: random.Random, pause: tuple[float, fl
         server.kill()
         server.start()
     time.sleep(0.5)
+    died = sum(not thread.is_alive() for thread in threads)  # of something that a page or trainer would not survive
     stop.set()
     for thread in threads:
         thread.join()
@@ -123,6 +126,7 @@ def storm(server: Server, kills: int, rng: random.Random, pause: tuple[float, fl
     ripe = {row["query"] for row in journal if row["counted"] and row["id"] not in last}
     return {
         "kills": kills,
+        "died": died,
         "acknowledged": len(acknowledged),
         "lost": len(acknowledged.keys() - set(ids)),
         "doubled": len(ids) - len(set(ids)) + len(queries) - len(set(queries)),
@@ -137,6 +141,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database-url")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), args.database_url, "--repeat-frac", "0", "--overlap-frac", "0")
@@ -144,8 +149,17 @@ def main():
             result = storm(server, args.kills, random.Random(args.seed))
         finally:
             server.kill()
-    print(json.dumps(result))
-    bad = ("lost", "doubled", "trainer_missed", "trainer_doubled", "out_of_order")
+    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    row = {"commit": commit, "database": (args.database_url or "sqlite").partition("+")[0]} | result
+    print(json.dumps(row))
+    fresh = not args.csv.exists()
+    with args.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    bad = ("died", "lost", "doubled", "trainer_missed", "trainer_doubled", "out_of_order")
     sys.exit(any(result[name] for name in bad))
 
 

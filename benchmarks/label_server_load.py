@@ -129,7 +129,7 @@ def main():
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    row = {"commit": commit.stdout.strip(), "database": (args.database_url or "sqlite").partition(":")[0]}
+    row = {"commit": commit.stdout.strip(), "database": (args.database_url or "sqlite").partition("+")[0]}
     row |= {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
     for kind in ("claim", "answer", "sprite", "progress"):
         took = 1000 * np.array(times[kind])

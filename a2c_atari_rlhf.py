@@ -72,6 +72,7 @@ PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions a run rec
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
+STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 SHEET = {"width": 160, "height": 210, "columns": 5, "pixelated": True}  # of the clips that people see
 WEBP_QUALITY = 101  # lossless
 OPEN_QUERIES = (
@@ -1748,7 +1749,8 @@ def train(args: Args) -> dict:
                         ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
                     )
             if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
-                rows = sample_pairs(rngs["reward"], 1000, pool.first_start(), pool.count - 1, args.num_envs)[:, 0]
+                first, newest = pool.first_start(), pool.count - 1
+                rows = sample_pairs(rngs["reward"], STATISTICS_ROWS, first, newest, args.num_envs)[:, 0]
                 ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
 
         # 11. Log, evaluate, save

@@ -78,6 +78,7 @@ def play_toy(monkeypatch, script):
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
     monkeypatch.setattr(script, "draw_episode", lambda *_: None)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
+    monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     return monkeypatch
 
 

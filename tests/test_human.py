@@ -94,6 +94,7 @@ def unscored(monkeypatch, script):
     result = {"returns": np.zeros(1), "screens": []}
     monkeypatch.setattr(script, "evaluate", lambda *_, **__: result)
     monkeypatch.setattr(script, "draw_episode", lambda result, folder, title: None)
+    monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
 
 
 def only(folder: Path) -> Path:

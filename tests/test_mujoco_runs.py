@@ -37,6 +37,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(script, "draw_episode", lambda result, folder, title: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(script, "make_twin", lambda *_: None)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
+    monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     return monkeypatch
 
 

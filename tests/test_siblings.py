@@ -17,7 +17,7 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 
 # In all scripts, with the same text
 SHARED = """
-    SCRIPT QUERY_BATCH QUERY_CANDIDATES REWARD_MINIBATCHES OPEN_QUERIES fail Ablation
+    SCRIPT QUERY_BATCH QUERY_CANDIDATES REWARD_MINIBATCHES STATISTICS_ROWS OPEN_QUERIES fail Ablation
     derive_seed
     layer_init
     sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement

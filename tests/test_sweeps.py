@@ -52,6 +52,7 @@ def test_a_command_of_each_sweep_runs(path, tmp_path, monkeypatch):
     script, small = SCRIPTS[program], ["--num-envs", "4", "--num-steps", "32", "--update-epochs", "1", "--track=False"]
     monkeypatch.setattr(script, "evaluate", lambda *_, **__: {"returns": np.zeros(1), "screens": []})
     monkeypatch.setattr(script, "draw_episode", lambda *_: None)
+    monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     flags = [flag for flag in flags if not flag.startswith(("--total-timesteps", "--labels", "--track"))]
     small += ["--pretrain-pairs", "64", "--reward-minibatch-size", "4", "--torch-threads", "1", "--device", "cpu"]
     small += [] if "--true-reward=True" in flags else ["--labels", "4", "--query-pool-steps", "500"]

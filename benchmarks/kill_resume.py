@@ -36,8 +36,8 @@ def main():
 
         process = subprocess.Popen([*command, "--runs-dir", f"{folder}/cut"], stdout=subprocess.DEVNULL)
         for kill in range(args.kills):
-            # The first leaves time for a checkpoint; the others come often enough to hit a run that lost little
-            time.sleep(rng.uniform(0.15, 0.3) * length if kill == 0 else rng.uniform(5, 0.12 * length))
+            # The first leaves time for a checkpoint; all of them come before the end, even of a run that lost nothing
+            time.sleep(length * (rng.uniform(0.15, 0.3) if kill == 0 else rng.uniform(0.02, 0.7 / args.kills)))
             alive = process.poll() is None
             process.kill()
             process.wait()

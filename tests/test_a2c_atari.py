@@ -107,16 +107,16 @@ def test_a_run_counts_right_and_its_rate_falls_to_zero_at_1_6_times_its_length(t
 
 def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
     """Across --reset-every and in the middle of clips, which are longer than a rollout."""
-    whole, write, calls = run(tmp_path / "whole", *FEEDBACK), script.write_checkpoint, []
+    whole, write, checkpoints = run(tmp_path / "whole", *FEEDBACK), script.write_whole, []
 
-    def failing(run_dir, state):
-        calls.append(1)
-        if len(calls) == 5:
+    def failing(path, content):
+        checkpoints.extend([path] if path.name == "checkpoint.pt" else [])
+        if len(checkpoints) == 5:
             raise OSError("no space left on device")
-        write(run_dir, state)
+        write(path, content)
 
     with toy.context() as patch, pytest.raises(OSError):
-        patch.setattr(script, "write_checkpoint", failing)
+        patch.setattr(script, "write_whole", failing)
         run(tmp_path / "cut", *FEEDBACK)
     cut = only(tmp_path / "cut")
     assert script.read_checkpoint(str(cut))["progress"]["iteration"] == 40

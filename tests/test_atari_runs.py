@@ -254,7 +254,7 @@ def test_small_runs_use_their_budget(tmp_path, toy, flags):
 
 def test_labels_due_by_hand():
     args = script.parse_args([*SMALL, "--oracle", "--labels", "80", "--total-timesteps", "6400"])
-    pool, progress = script.SegmentPool(args.pool_rows, 4, "cpu"), script.Progress()
+    pool, progress = script.SegmentPool(args.pool_rows, 4, "cpu"), script.Progress(paid_from=0)
     assert (args.initial_labels, args.query_limit) == (20, (150 - 4) * 4 // 16)
 
     def due(rows, used, step, fresh_from=0, last=False):

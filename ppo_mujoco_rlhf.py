@@ -1390,8 +1390,6 @@ class LabelServer:
             "labels": args.labels, "max_open": max(OPEN_QUERIES, args.initial_labels),
             "clip": SHEET | {"frames": frames, "fps": fps},
         })  # fmt: skip
-        if reply is None:
-            fail(f"no label server at {self.url}: start one with python label_server.py")
         self.known = set(reply["known"])
         if not self.known:
             progress.last_event = 0  # another server, or another database: it numbers its events anew
@@ -1413,10 +1411,10 @@ class LabelServer:
             return json.loads(content) if content else {}
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.read(500).decode(errors='replace')}"
-            if error.code < 500 and path == self.run:
-                fail(f"the label server at {self.url} refuses this run: {reason}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+        if path == self.run:
+            fail(f"no label server at {self.url} that takes this run ({reason}); python label_server.py starts one")
         self.away_until, self.patience = time.time() + self.patience, min(2 * self.patience, 30)
         tqdm.write(f"the label server does not take {method} {path} ({reason}): trying again")
 

@@ -136,6 +136,20 @@ def storm(server: Server, kills: int, rng: random.Random, pause: tuple[float, fl
     }
 
 
+def append_row(path: Path, database_url: str | None, figures: dict) -> dict:
+    """Add a row to a csv, with the commit and the kind of database before the figures; the row."""
+    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    row = {"commit": commit, "database": (database_url or "sqlite").partition("+")[0]} | figures
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
@@ -149,16 +163,7 @@ def main():
             result = storm(server, args.kills, random.Random(args.seed))
         finally:
             server.kill()
-    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    row = {"commit": commit, "database": (args.database_url or "sqlite").partition("+")[0]} | result
-    print(json.dumps(row))
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    print(json.dumps(append_row(args.csv, args.database_url, result)))
     bad = ("died", "lost", "doubled", "trainer_missed", "trainer_doubled", "out_of_order")
     sys.exit(any(result[name] for name in bad))
 

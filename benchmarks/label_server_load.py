@@ -9,13 +9,11 @@ does; a trainer keeps the queue filled and reads the answers by long poll. Ends 
 
 import argparse
 import base64
-import csv
 import http.client
 import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,7 +24,7 @@ from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
-from label_server_kills import Server
+from label_server_kills import Server, append_row
 
 CLIP = {"frames": 25, "width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}
 RUN = {"name": "load", "env_id": "ALE/Pong-v5", "script": "load", "labels": 10**6, "max_open": 10**6, "clip": CLIP}
@@ -126,11 +124,7 @@ def main():
         finally:
             server.kill()
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    row = {"commit": commit.stdout.strip(), "database": (args.database_url or "sqlite").partition("+")[0]}
-    row |= {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
+    row = {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
     for kind in ("claim", "answer", "sprite", "progress"):
         took = 1000 * np.array(times[kind])
         row |= {f"{kind}_n": len(took), f"{kind}_p50_ms": round(np.median(took), 1)}
@@ -140,16 +134,10 @@ def main():
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
-    for name, value in row.items():
+    for name, value in append_row(args.csv, args.database_url, row).items():
         print(f"{name:>18} {value}")
     for error in errors[:5]:
         print(error, file=sys.stderr)
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
     sys.exit(bool(errors))
 
 

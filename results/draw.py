@@ -99,6 +99,13 @@ def paper_curve(figure: int, env_id: str, curve: str) -> tuple[list[float], list
     return [x for x, _ in points], [y for _, y in points]
 
 
+def plot_curve(ax, curve: list[dict], name: str, unit: float, **style) -> None:
+    """A column of a run's curve over its steps in this unit; nothing where it was never logged."""
+    xy = [(int(p["step"]) / unit, float(p[name])) for p in curve if p[name] not in ("", "nan")]
+    if xy:
+        ax.plot(*zip(*xy, strict=True), **style)
+
+
 def draw_atari() -> None:
     """Per game: return, held-out accuracy and correlation of the reward model, and entropy, over steps."""
     rows = read_csv(HERE / "atari.csv")
@@ -112,17 +119,12 @@ def draw_atari() -> None:
             curve = read_csv(path)
             label = row["feedback"] + (f", {int(row['labels_used']):,} labels" if row["labels"] != "0" else "")
             label += "" if row["ablation"] == "none" else f", {row['ablation']}"
-            colour = next(colours)
-
-            def line(ax, name, curve=curve, **style):
-                xy = [(int(p["step"]) / 1e6, float(p[name])) for p in curve if p[name] not in ("", "nan")]
-                if xy:
-                    ax.plot(*zip(*xy, strict=True), linewidth=1.2, **style)
-
-            line(axes[0], "return", color=colour, label=f"{label}, seed {row['seed']}, {row['commit']}")
-            line(axes[1], "accuracy_heldout", color=colour)
-            line(axes[1], "correlation", color=colour, linestyle=":")
-            line(axes[2], "entropy", color=colour)
+            style = {"color": next(colours), "linewidth": 1.2}
+            label += f", seed {row['seed']}, {row['commit']}"
+            plot_curve(axes[0], curve, "return", 1e6, label=label, **style)
+            plot_curve(axes[1], curve, "accuracy_heldout", 1e6, **style)
+            plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
+            plot_curve(axes[2], curve, "entropy", 1e6, **style)
         axes[0].set_ylabel("return of training episodes (true score)")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         axes[1].set_ylabel("held-out accuracy (line), correlation (dots)")
@@ -176,10 +178,9 @@ def draw_mujoco() -> None:
     for ax, task in zip(axes.flat, tasks, strict=False):
         for row in (row for row in rows if row["env_id"] == task and source(row) in COLOURS):
             curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
-            total = int(row["total_timesteps"])
-            xy = [(int(p["step"]) / total, float(p["return"])) for p in curve if p["return"] not in ("", "nan")]
             name = source(row) if row["feedback"] == "true-reward" else f"{source(row)} labels"
-            ax.plot(*zip(*xy, strict=True), color=COLOURS[source(row)], linewidth=1.0, label=name)
+            style = {"color": COLOURS[source(row)], "linewidth": 1.0, "label": name}
+            plot_curve(ax, curve, "return", int(row["total_timesteps"]), **style)
         handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
         ax.legend(handles.values(), handles.keys(), fontsize=8)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
@@ -220,9 +221,7 @@ def draw_human() -> None:
         for i, row in enumerate(row for row in rows if row["env_id"] == task):
             curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
             for ax, name in zip(column, ("return", "labels"), strict=True):
-                xy = [(int(p["step"]) / 1e6, float(p[name])) for p in curve if p[name] not in ("", "nan")]
-                if xy:
-                    ax.plot(*zip(*xy, strict=True), color=f"C{i}", linewidth=1.2, label=f"{row['labeller']}")
+                plot_curve(ax, curve, name, 1e6, color=f"C{i}", linewidth=1.2, label=row["labeller"])
                 ax.set_ylabel("true return" if name == "return" else "labels")
                 ax.set_xlabel("million steps")
                 ax.grid(alpha=0.3)

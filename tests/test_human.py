@@ -159,14 +159,19 @@ def test_people_see_thirty_steps_at_most_of_a_robot():
         assert len(shown) == steps and shown[-1] < args.clip_length
 
 
-def test_people_see_the_states_that_the_clip_is_made_of():
-    """Another state is another picture; the same state is the same picture, however the robot came there."""
-    args = mujoco.parse_args(["--human", "--env-id", "Hopper-v5"])
+def simulation_and_camera(env_id: str):
+    args = mujoco.parse_args(["--human", "--env-id", env_id])
     envs = mujoco.make_envs(args, 2)
     twin = mujoco.make_twin(args, envs, 0, 64, 64)
     if twin is None:
         pytest.skip("MuJoCo can't render here")
     envs.reset(seed=1)
+    return envs, twin
+
+
+def test_people_see_the_states_that_the_clip_is_made_of():
+    """Another state is another picture; the same state is the same picture, however the robot came there."""
+    envs, twin = simulation_and_camera("Hopper-v5")
     states = []
     for _ in range(60):
         states.append(mujoco.simulator_state(envs.envs[1]))
@@ -180,12 +185,7 @@ def test_people_see_the_states_that_the_clip_is_made_of():
 
 def test_a_robot_that_has_run_far_away_is_still_in_the_picture():
     """Gymnasium 1.4's unnamed camera stays at the start."""
-    args = mujoco.parse_args(["--human", "--env-id", "HalfCheetah-v5"])
-    envs = mujoco.make_envs(args, 1)
-    twin = mujoco.make_twin(args, envs, 0, 64, 64)
-    if twin is None:
-        pytest.skip("MuJoCo can't render here")
-    envs.reset(seed=1)
+    envs, twin = simulation_and_camera("HalfCheetah-v5")
     near = mujoco.simulator_state(envs.envs[0])
     far, gone = near.copy(), near.copy()
     far[0] += 8
@@ -315,7 +315,10 @@ def test_another_server_numbers_its_events_anew(server, tmp_path):
 
 def test_whether_people_are_waited_for():
     args = mujoco.parse_args(["--human", "--labels", "100", "--total-timesteps", "204800"])
-    wait = lambda **state: mujoco.behind_schedule(mujoco.Progress(**state), args)  # noqa: E731
+
+    def wait(**state):
+        return mujoco.behind_schedule(mujoco.Progress(**state), args)
+
     assert not wait(labels_used=10, open=10), "not all of the initial pairs are there yet"
     assert wait(labels_used=10, open=15) and wait(labels_used=24, open=1)
     assert not wait(labels_used=24, open=0), "one can't be told: another must be asked"
@@ -331,7 +334,10 @@ def test_open_pairs_count_as_labels_that_are_on_their_way():
     args = mujoco.parse_args(["--human", "--labels", "100", "--total-timesteps", "204800", "--env-id", "Reacher-v5"])
     pool = mujoco.SegmentPool(args.pool_rows, 16, 1, 1, "cpu")
     pool.count = 1000
-    due = lambda **state: mujoco.labels_due(mujoco.Progress(**state), pool, False, args)  # noqa: E731
+
+    def due(**state):
+        return mujoco.labels_due(mujoco.Progress(**state), pool, False, args)
+
     assert due(labels_used=3, open=5) == (17, 0) and due(labels_used=3, open=22)[0] == 0
     middle = {"paid_from": 4096, "global_step": 104448}
     assert due(**middle, labels_used=50, open=10) == (21, 0) and due(**middle, labels_used=50, open=20)[0] == 0

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "results"))
-
-import draw  # noqa: E402
 
 
 def row(env_id, feedback, score, labels="0", ablation="none"):

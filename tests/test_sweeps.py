@@ -1,21 +1,18 @@
 """Every sweep file expands to command lines that the scripts' own parsers take, and one of each runs."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from expand import command_lines
 
 import a2c_atari_rlhf as a2c
 import ppo_atari_rlhf as atari
 import ppo_mujoco_rlhf as mujoco
 
 ROOT = Path(atari.__file__).parent
-sys.path.append(str(ROOT / "sweeps"))
-
-from expand import command_lines  # noqa: E402
 
 SCRIPTS = {f"{script.SCRIPT}.py": script for script in (atari, mujoco, a2c)}
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))

@@ -72,9 +72,7 @@ REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 SHEET = {"width": 256, "height": 256, "columns": 5, "pixelated": False}  # of the clips that people see
 WEBP_QUALITY = 85
-OPEN_QUERIES = (
-    100  # --human: so many pairs wait for people, or as many as there are initial ones; newer ones take their places
-)
+OPEN_QUERIES = 100  # --human: pairs that wait for people, if not more are initial ones; newer ones replace older
 
 
 def fail(message: str):
@@ -807,7 +805,7 @@ class Preferences:
         for name, array in self.arrays.items():
             array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
         self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
-        self.known |= {frozenset(map(tuple, pair)) for pair in answers["segments"].tolist()}
+        self.remember(answers["segments"])
         self.count += n
         for i in np.flatnonzero(np.isnan(answers["mu"])):
             self.retract(self.count - n + int(i))
@@ -830,6 +828,10 @@ class Preferences:
         for path in self.folder.iterdir():
             if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= count):
                 path.unlink()
+
+    def remember(self, pairs: np.ndarray):
+        """These pairs of segments, (n, 2, 2), were asked about."""
+        self.known |= {frozenset(map(tuple, pair)) for pair in pairs.tolist()}
 
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, was asked about already."""
@@ -1034,6 +1036,8 @@ def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
 
 def labels_scheduled(progress, args: Args) -> int:
     """Labels due by now; the paper's clock starts with the policy's training."""
+    if progress.paid_from < 0:
+        return args.initial_labels
     steps, total = (x - progress.paid_from for x in (progress.global_step, args.num_iterations * args.batch_size))
     return label_schedule(steps, total, args.initial_labels, args.labels)
 
@@ -1050,8 +1054,7 @@ def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int
         wanted, first = missing, max(first, progress.fresh_from)
         enough = min(QUERY_BATCH, args.query_limit, missing)
     else:
-        scheduled = labels_scheduled(progress, args) if progress.paid_from >= 0 else 0
-        wanted = scheduled - progress.labels_used - progress.open
+        wanted = labels_scheduled(progress, args) - progress.labels_used - progress.open
         enough = 1 if last else min(QUERY_BATCH, args.query_limit)
     room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
     due = min(wanted, room)
@@ -1571,12 +1574,13 @@ def train(args: Args) -> dict:
             preferences.restore(checkpoint["labels_on_disk"])
         if args.asks_people:
             progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
-            for path in sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime):
+            asked = sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+            for path in asked:
                 with np.load(path, allow_pickle=False) as pair:
-                    preferences.known.add(frozenset(map(tuple, pair["segments"].tolist())))
+                    preferences.remember(pair["segments"][None])
                 if path.stem not in server.known and path.stem not in progress.answered:
                     server.unsent.append(path.stem)
-            progress.asked = len(list(queries.glob("*.npz")))  # some were asked after the checkpoint
+            progress.asked = len(asked)  # some were asked after the checkpoint
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
         last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
@@ -1617,12 +1621,10 @@ def train(args: Args) -> dict:
 
     def report(waiting: bool):
         """To the label server, for the page's progress and the admin's statistics."""
-        accuracy, due = progress.reward_log.get("accuracy_heldout", math.nan), args.initial_labels
-        if progress.paid_from >= 0:
-            due = labels_scheduled(progress, args)
+        accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
         server.request("POST", f"{server.run}/status", {
             "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
-            "labels_used": progress.labels_used, "labels_due": due, "waiting": waiting,
+            "labels_used": progress.labels_used, "labels_due": labels_scheduled(progress, args), "waiting": waiting,
             "accuracy_heldout": float(accuracy) if math.isfinite(accuracy) else None,
             "finished": progress.iteration == args.num_iterations,
         })  # fmt: skip
@@ -1743,7 +1745,7 @@ def train(args: Args) -> dict:
                         views = [shown[row - oldest + t][env] for t in shown_steps(args)]
                         sheets[f"sheet_{side}"] = np.frombuffer(sprite_sheet(render_states(twin, views)), np.uint8)
                     server.ask(queries, **{name: array[i] for name, array in answers.items()}, **sheets)
-                preferences.known |= {frozenset(map(tuple, pair)) for pair in pairs.tolist()}
+                preferences.remember(pairs)
                 progress.open += len(pairs)
                 break
             mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)

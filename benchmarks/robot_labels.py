@@ -4,6 +4,12 @@
 
 Robots answer by the oracle's rule through the interface that the page uses. Runs --human and then --oracle with the
 flags given, and adds both to results/human.csv, which results/draw.py draws.
+
+    python benchmarks/robot_labels.py ppo_atari_rlhf.py --env-id ALE/Enduro-v5 --labels 290 --total-timesteps 600000 \\
+        --ties-by-speed --true-reward
+
+In Enduro most clips have the same score. There, robots that see the clips prefer the faster one, as people do; and the
+true reward's agent runs too.
 """
 
 import argparse
@@ -19,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "results")]
 
 from draw import collect, draw_human  # noqa: E402
+from enduro_eye import fit_eye  # noqa: E402
 
 from robot_labeller import Robot  # noqa: E402
 
@@ -26,13 +33,16 @@ from robot_labeller import Robot  # noqa: E402
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="one of the three training scripts")
+    parser.add_argument("--labels", type=int, default=700)
     parser.add_argument("--port", type=int, default=8799)
     parser.add_argument("--labellers", type=int, default=3)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that a robot takes for an answer")
     parser.add_argument("--mistakes", type=float, default=0.0, help="share of its answers that are turned around")
+    parser.add_argument("--ties-by-speed", action="store_true", help="Enduro: equal scores are settled by speed")
+    parser.add_argument("--true-reward", action="store_true", help="run the agent of the true reward too")
     parser.add_argument("--runs-dir", default="runs")
     args, flags = parser.parse_known_args()
-    runs = {}
+    settle = fit_eye() if args.ties_by_speed else None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "label_server.py"), "--port", str(args.port)]
         server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
@@ -40,24 +50,25 @@ def main():
             if not server.stdout.readline():  # its link
                 raise SystemExit("the label server did not start")
             tokens = json.loads((Path(folder) / "label_server.tokens").read_text())
-            url, robots = f"http://127.0.0.1:{args.port}", []
+            url = f"http://127.0.0.1:{args.port}"
             for i in range(args.labellers):
-                robots.append(Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes))
-                robots[-1].start()
-            for labeller, source in (
-                (f"{args.labellers} robots", ["--human", "--label-server", url]),
-                ("oracle", ["--oracle"]),
-            ):
-                train = [sys.executable, str(ROOT / args.script), *flags, *source]
-                runs[labeller] = Path(args.runs_dir) / labeller.replace(" ", "_") / time.strftime("%Y%m%d-%H%M%S")
-                environment = os.environ | {"LABEL_SERVER_TOKEN": tokens["trainer"]}
-                subprocess.run([*train, "--runs-dir", str(runs[labeller])], check=True, env=environment)
+                Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes, settle=settle).start()
+            robots = f"{args.labellers} robots, {args.delay:g} s per answer, {args.mistakes:.0%} mistakes"
+            robots += ", ties by speed" * args.ties_by_speed
+            labels = ["--labels", str(args.labels)]
+            sources = {robots: ["--human", "--label-server", url, *labels], "oracle": ["--oracle", *labels]}
+            if args.true_reward:
+                sources["true reward"] = ["--true-reward"]
+            for labeller, source in sources.items():
+                runs_dir = (
+                    Path(args.runs_dir) / labeller.split(",")[0].replace(" ", "_") / time.strftime("%Y%m%d-%H%M%S")
+                )
+                train = [sys.executable, str(ROOT / args.script), *flags, *source, "--runs-dir", str(runs_dir)]
+                subprocess.run(train, check=True, env=os.environ | {"LABEL_SERVER_TOKEN": tokens["trainer"]})
+                (run_dir,) = runs_dir.iterdir()
+                collect(run_dir, "human.csv", labeller=labeller)
         finally:
             server.terminate()
-    for labeller, folder in runs.items():
-        (run_dir,) = folder.iterdir()
-        detail = f", {args.delay:g} s per answer, {args.mistakes:.0%} mistakes" if labeller != "oracle" else ""
-        collect(run_dir, "human.csv", labeller=labeller + detail)
     draw_human()
 
 

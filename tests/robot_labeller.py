@@ -22,23 +22,25 @@ class Robot(threading.Thread):
     """A labeller of its own name. `answers` are those that were acknowledged, by query.
 
     delay: seconds per answer; mistakes: share of answers that are turned around; undo: share of answers that it takes
-    back, after the next one, and gives again.
+    back, after the next one, and gives again; settle: what answers a pair of equal sums, from its two WebP sheets and
+    the layout of their frames.
     """
 
-    def __init__(self, url: str, token: str, name: str, delay=0.0, mistakes=0.0, undo=0.0, seed=0):
+    def __init__(self, url: str, token: str, name: str, delay=0.0, mistakes=0.0, undo=0.0, seed=0, settle=None):
         super().__init__(daemon=True)
         self.url, self.token, self.labeller = url, token, name
-        self.delay, self.mistakes, self.undo = delay, mistakes, undo
+        self.delay, self.mistakes, self.undo, self.settle = delay, mistakes, undo, settle
         self.random, self.stopping, self.answers = random.Random(f"{name} {seed}"), threading.Event(), {}
 
-    def call(self, method: str, path: str, body: dict) -> dict:
+    def call(self, method: str, path: str, body: dict | None = None) -> bytes:
         """The reply; asked again until the server is there, as a page does."""
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
         while True:
             try:
-                request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method=method)
+                request = urllib.request.Request(self.url + path, data, headers, method=method)
                 with urllib.request.urlopen(request, timeout=40) as reply:
-                    return json.load(reply)
+                    return reply.read()
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     raise RuntimeError(f"{error.code} {error.read().decode()}") from error
@@ -50,7 +52,8 @@ class Robot(threading.Thread):
     def judge(self, pair: dict) -> str:
         left, right = pair["sums"]
         if left == right:
-            return "equal"
+            sheets = [self.call("GET", pair[side]) for side in ("left", "right")] if self.settle else []
+            return self.settle(*sheets, pair["clip"]) if sheets else "equal"
         return "left" if (left > right) != (self.random.random() < self.mistakes) else "right"
 
     def answer(self, pair: dict) -> str:
@@ -65,13 +68,14 @@ class Robot(threading.Thread):
     def run(self):
         before = None
         while not self.stopping.is_set():
-            pair = self.call("POST", "/api/claim", {"labeller": self.labeller, "run": None, "wait": 1})["pair"]
+            claim = {"labeller": self.labeller, "run": None, "wait": 1}
+            pair = json.loads(self.call("POST", "/api/claim", claim))["pair"]
             if not pair:
                 continue
             last = self.answer(pair)
             if before and self.random.random() < self.undo:  # the server holds the last one back, not this one
                 body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
-                self.answer(self.call("POST", f"/api/answers/{before}/retract", body)["pair"])
+                self.answer(json.loads(self.call("POST", f"/api/answers/{before}/retract", body))["pair"])
                 last = None
             before = last
 

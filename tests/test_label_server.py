@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -38,8 +39,8 @@ from label_world import CLIP, RUN, TOKENS, World, listening, new_id, text, webp
 
 
 @pytest.fixture(scope="session")
-def postgres():
-    """A cluster of its own in a directory of its own, reached through a socket there: it can't meet another."""
+def postgres_cluster():
+    """URL, start and stop of a cluster in a directory of its own, reached through a socket: it can't meet another."""
     folders = [Path(p) for p in [shutil.which("initdb")] if p] + sorted(
         Path("/usr/lib/postgresql").glob("*/bin/initdb")
     )
@@ -58,10 +59,17 @@ def postgres():
     subprocess.run([*prefix, programs / "initdb", "-D", data, "-A", "trust", "--no-sync"], **quiet)
     options = f"-k {folder} -c listen_addresses= -c fsync=off"
     pg_ctl = [*prefix, programs / "pg_ctl", "-D", data, "-w"]
-    subprocess.run([*pg_ctl, "-o", options, "-l", folder / "log", "start"], **quiet)
-    yield f"postgresql+psycopg://{user}@/{{}}?host={folder}"
-    subprocess.run([*pg_ctl, "-m", "immediate", "stop"], **quiet)
+    start = partial(subprocess.run, [*pg_ctl, "-o", options, "-l", folder / "log", "start"], **quiet)
+    stop = partial(subprocess.run, [*pg_ctl, "-m", "immediate", "stop"], **quiet)
+    start()
+    yield f"postgresql+psycopg://{user}@/{{}}?host={folder}", start, stop
+    stop()
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres(postgres_cluster):
+    return postgres_cluster[0]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -356,6 +364,29 @@ def test_a_late_undo_is_a_retract_and_the_query_is_open_again(world):
     assert {e["query"] for e in events} == {query}
     other = world.answer((world.query(run), world.claim())[1])["id"]
     world.retract(other, id=undo, expect=409)
+
+
+def test_postgresql_may_go_away_and_come_back(postgres_cluster):
+    url, start, stop = postgres_cluster
+    world = World(new_postgres_database(url))
+    run = world.run()
+    world.query(run)
+    pair, answer = world.claim(), new_id()
+    stop()
+    try:
+        for _ in range(2):  # connections that were open, and new ones
+            assert "try again" in world.answer(pair, id=answer, expect=503)["detail"]
+            assert "try again" in world.query(run, expect=503)["detail"]
+            assert "try again" in world.call("GET", f"/api/runs/{run}/events", role="trainer", expect=503)["detail"]
+    finally:
+        start()
+    for _ in range(2):  # the page and the trainer send it again until it is acknowledged
+        world.answer(pair, id=answer)
+    world.now += label_server.GRACE
+    assert [event["answer"] for event in world.events(run)] == ["equal"]
+    world.query(run)
+    assert world.claim()
+    world.close()
 
 
 def test_postgresql_hands_out_no_number_that_is_seen_late(postgres):

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -504,12 +505,69 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     assert row["feedback"] == "random" and row["final_episodes"] == 2 and row["final_return_mean"] > 0
 
 
-def test_weights_and_biases_works_offline(tmp_path):
+def wandb_records(path: Path):
+    """What an offline run of W&B wrote: protobufs in blocks of 32 KiB, as in LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 < len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # no room for a header
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def values_of(items) -> dict:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_weights_and_biases_gets_it_all_and_a_resumed_run_goes_on(tmp_path):
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = [*REAL, "--track", "--runs-dir", str(tmp_path), "--total-timesteps", "1792", "--labels", "12"]
-    done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
+    flags = [
+        *REAL,
+        "--track",
+        "--runs-dir",
+        str(tmp_path),
+        "--total-timesteps",
+        "1792",
+        "--labels",
+        "12",
+        "--log-every",
+        "1",
+    ]
+    cut = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True, env=env)
+    for line in cut.stdout:
+        if "entropy" in line and "entropy  nan" not in line:  # the policy is being trained
+            cut.send_signal(signal.SIGTERM)
+            break
+    cut.communicate()
+    run_dir, runs, steps = only(tmp_path), [], []
+    assert not json.loads((run_dir / "summary.json").read_text())["finished"]
+    done = subprocess.run(command("--resume", str(run_dir)), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    (log,) = only(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
-    written = log.read_bytes()
-    for name in (b"charts/eval_return", b"global_step", b"labels", b"reward_model/accuracy_heldout", b".webm"):
-        assert name in written, name
+    logs = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(logs) == 2
+    for log in logs:
+        records = list(wandb_records(log))
+        runs.append(next(record.run for record in records if record.HasField("run")))
+        rows = [values_of(record.history.item) for record in records if record.HasField("history")]
+        assert all(
+            {"global_step", "labels"} <= row.keys() for row in rows if "episode/path" not in row
+        )  # either as x axis
+        steps.append([row["global_step"] for row in rows if "losses/entropy" in row])
+    assert runs[0].run_id == runs[1].run_id == run_dir.name  # which W&B continues
+    assert steps[0] and steps[1] and max(steps[0]) < min(steps[1]) and max(steps[1]) == 1792
+    config = values_of(runs[0].config.update)
+    assert config["labels"] == 12 and config["env_id"] == "ALE/Seaquest-v5" and config["oracle"]
+    logged = set().union(*rows)
+    assert {"charts/eval_return", "reward_model/accuracy_heldout", "reward_model/correlation"} <= logged
+    summary = values_of(item for record in records for item in record.summary.update)
+    assert summary["finished"] is True and summary["final_return_mean"] >= 0 and summary["labels_used"] == 12
+    (video,) = (row["episode/path"] for row in rows if "episode/path" in row)
+    assert video.endswith(".webm") and (log.parent / "files" / video).stat().st_size > 10_000

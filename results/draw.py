@@ -1,10 +1,13 @@
 """Collect runs into results/, and draw the figures from what is there.
 
     python results/draw.py runs/ALE-Pong-v5__* runs/Hopper-v5__*/random   # add these rows and curves, then draw
+    python results/draw.py table.csv chart.csv                            # the same of runs that W&B exported
     python results/draw.py                                                # draw only
 
 A row of atari.csv or mujoco.csv is a run's summary.json with the command that made it, or that of the random policy's
-evaluation; a curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced.
+evaluation; a curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced. W&B
+exports two kinds of CSV: its table of runs, which gives rows, and the chart of charts/episodic_return over global_step,
+which gives curves.
 
 paper_figures.csv holds the paper's own curves (Figures 2, 3, 5 and 6), 21 points each, read off the images of its
 figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty where one is hidden.
@@ -47,8 +50,25 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def add_row(table: Path, row: dict) -> None:
+    """Into a table, in place of what it has of the same run."""
+    rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != row["run"]]
+    write_csv(table, [*rows, row])
+
+
+def write_curve(run: str, columns: dict[str, dict[int, float]]) -> None:
+    """curves/<run>.csv: a point per 20,000 steps, the mean of the values of each column by step."""
+    points: dict[int, dict] = defaultdict(dict)
+    for name, values in columns.items():
+        for at in sorted({-(-step // 20_000) * 20_000 for step in values}):
+            inside = [value for step, value in values.items() if at - 20_000 < step <= at]
+            points[at][name] = round(float(np.mean(inside)), 4)
+    fill = dict.fromkeys(("step", *LOGGED.values()), "")
+    write_csv(HERE / "curves" / f"{run}.csv", [fill | {"step": at} | point for at, point in sorted(points.items())])
+
+
 def collect(folder: Path, table: str | None = None, **columns) -> None:
-    """Add a run's row to its table, and its curves, a point per 20,000 steps, to curves/<run>.csv."""
+    """Add a run's row to its table, and its curves to curves/<run>.csv."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     random = folder.name == "random"  # what --evaluate RUN --random left
@@ -58,27 +78,40 @@ def collect(folder: Path, table: str | None = None, **columns) -> None:
     command = f"python {run['script']}.py --evaluate {run_dir.name} --random" if random else run["command"]
     command = re.sub(r" --runs-dir \S+", "", command)
     row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command} | columns
-    table = HERE / (table or ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv"))
-    rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != row["run"]]
-    write_csv(table, [*rows, row])
+    add_row(HERE / (table or ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv")), row)
     if random:
         return
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    points: dict[int, dict] = defaultdict(lambda: defaultdict(dict))
-    for tag, name in LOGGED.items():
-        for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else []:
-            at = points[-(-event.step // 20_000) * 20_000]
-            at[name][event.step] = event.value  # a later one replaces a resumed one's
-    curve = [
-        {"step": step, **{n: round(float(np.mean(list(point[n].values()))), 4) for n in LOGGED.values() if point[n]}}
-        for step, point in sorted(points.items())
-    ]
-    fill = dict.fromkeys(("step", *LOGGED.values()), "")
-    write_csv(HERE / "curves" / f"{run_dir.name}.csv", [fill | point for point in curve])
+    logged = {name: events.Scalars(tag) for tag, name in LOGGED.items() if tag in events.Tags()["scalars"]}
+    # A resumed run logs some steps twice: the later value counts
+    write_curve(run_dir.name, {name: {e.step: e.value for e in values} for name, values in logged.items()})
 
 
-PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper does not give
+def collect_export(path: Path) -> None:
+    """Add what W&B exported: rows from its table of runs, or curves from a chart of the return."""
+    rows = read_csv(path)
+    if not rows:
+        raise SystemExit(f"{path} has no rows")
+    if "Name" in rows[0] and "script" in rows[0]:
+        for row in rows:
+            if row["script"]:  # else it has not ended yet: its summary is missing
+                table = HERE / ("mujoco.csv" if "mujoco" in row["script"] else "atari.csv")
+                kept = {name: row.get(name, "") for name in read_csv(table)[0]}
+                kept |= {"run": row["Name"], "command": "exported from W&B", "finished": row["finished"].capitalize()}
+                add_row(table, kept)
+        return
+    charts = [name for name in rows[0] if name.endswith(" - charts/episodic_return")]
+    if "global_step" not in rows[0] or not charts:
+        raise SystemExit(
+            f"{path} is neither W&B's table of runs nor its chart of charts/episodic_return over global_step"
+        )
+    for name in charts:
+        values = {int(float(row["global_step"])): float(row[name]) for row in rows if row[name]}
+        write_curve(name.removesuffix(" - charts/episodic_return"), {"return": values})
+
+
+PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper does not give, and Enduro, where all fail
     "Walker2d-v5": "walker",
     "Hopper-v5": "hopper",
     "Swimmer-v5": "swimmer",
@@ -86,6 +119,12 @@ PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper d
     "Ant-v5": "ant",
     "Reacher-v5": "reacher",
     "InvertedDoublePendulum-v5": "dpend",
+    "ALE/BeamRider-v5": "beamrider",
+    "ALE/Breakout-v5": "breakout",
+    "ALE/Pong-v5": "pong",
+    "ALE/Qbert-v5": "qbert",
+    "ALE/Seaquest-v5": "seaquest",
+    "ALE/SpaceInvaders-v5": "spaceinv",
 }
 
 
@@ -97,6 +136,11 @@ def paper_curve(figure: int, env_id: str, curve: str) -> tuple[list[float], list
         if (row["figure"], row["task"], row["curve"]) == (str(figure), PAPER_TASKS.get(env_id), curve) and row["value"]
     ]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def read_curve(run: str) -> list[dict]:
+    path = HERE / "curves" / f"{run}.csv"
+    return read_csv(path) if path.exists() else []
 
 
 def plot_curve(ax, curve: list[dict], name: str, unit: float, **style) -> None:
@@ -113,10 +157,9 @@ def draw_atari() -> None:
         figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
         colours = (f"C{i}" for i in range(10))
         for row in (row for row in rows if row["env_id"] == env_id):
-            path = HERE / "curves" / f"{row['run']}.csv"
-            if not path.exists():
+            curve = read_curve(row["run"])
+            if not curve:  # the random policy
                 continue
-            curve = read_csv(path)
             label = row["feedback"] + (f", {int(row['labels_used']):,} labels" if row["labels"] != "0" else "")
             label += "" if row["ablation"] == "none" else f", {row['ablation']}"
             style = {"color": next(colours), "linewidth": 1.2}
@@ -141,6 +184,7 @@ def draw_atari() -> None:
 
 # Labels -> mean over the paper's eight tasks of (score - random) / (true-reward score - random), 20M steps (Fig. 2)
 PAPER_NORMALISED = {"350": 0.72, "700": 0.96, "1400": 1.04}
+TASKS = [task for task in PAPER_TASKS if "ALE" not in task] + ["InvertedPendulum-v5"]
 COLOURS = {"true-reward": "C1", "350": "C2", "700": "C0", "1400": "C3"}
 
 
@@ -177,7 +221,7 @@ def draw_mujoco() -> None:
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
     for ax, task in zip(axes.flat, tasks, strict=False):
         for row in (row for row in rows if row["env_id"] == task and source(row) in COLOURS):
-            curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
+            curve = read_curve(row["run"])
             name = source(row) if row["feedback"] == "true-reward" else f"{source(row)} labels"
             style = {"color": COLOURS[source(row)], "linewidth": 1.0, "label": name}
             plot_curve(ax, curve, "return", int(row["total_timesteps"]), **style)
@@ -195,13 +239,17 @@ def draw_mujoco() -> None:
     plt.close(figure)
     print(HERE / "mujoco.png")
 
+    missing = []
     print("\n| task | random | true reward | 350 labels | 700 labels | 1400 labels |\n|---|---|---|---|---|---|")
     for task in tasks:
         cells = []
         for name in ("random", "true-reward", "350", "700", "1400"):
             found = [f"{float(r['final_return_mean']):,.1f}" for r in rows if r["env_id"] == task and source(r) == name]
             cells.append(", ".join(found) or "–")
+            missing += [] if found else [f"{task} {name}"]
         print(f"| {task} | {' | '.join(cells)} |")
+    missing += [f"all of {task}" for task in TASKS if task not in tasks]
+    print(f"missing: {', '.join(missing) or 'nothing'}")
     for labels, scores in sorted(normalised_scores(rows).items(), key=lambda item: int(item[0])):
         means = [np.mean(seeds) for seeds in scores.values()]
         low, high = bootstrap_interval(list(scores.values()))
@@ -219,7 +267,7 @@ def draw_human() -> None:
     figure, axes = plt.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 6), squeeze=False, layout="constrained")
     for column, task in zip(axes.T, tasks, strict=True):
         for i, row in enumerate(row for row in rows if row["env_id"] == task):
-            curve = read_csv(HERE / "curves" / f"{row['run']}.csv")
+            curve = read_curve(row["run"])
             for ax, name in zip(column, ("return", "labels"), strict=True):
                 plot_curve(ax, curve, name, 1e6, color=f"C{i}", linewidth=1.2, label=row["labeller"])
                 ax.set_ylabel("true return" if name == "return" else "labels")
@@ -232,11 +280,92 @@ def draw_human() -> None:
     print(HERE / "human.png")
 
 
+def draw_labels() -> None:
+    """Normalised score against the number of labels: mean over tasks with its interval, tasks, and the paper's mean."""
+    scores = normalised_scores(read_csv(HERE / "mujoco.csv"))
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    labels = sorted(scores, key=int)
+    for i, task in enumerate(sorted({task for tasks in scores.values() for task in tasks})):
+        found = [(int(n), np.mean(scores[n][task])) for n in labels if task in scores[n]]
+        ax.plot(*zip(*found, strict=True), "o-", color=f"C{i}", alpha=0.35, markersize=3, label=task)
+    means = [np.mean([np.mean(seeds) for seeds in scores[n].values()]) for n in labels]
+    bounds = np.array([bootstrap_interval(list(scores[n].values())) for n in labels]).reshape(-1, 2)
+    around = np.abs(bounds.T - means) if labels else None
+    ax.errorbar([int(n) for n in labels], means, around, color="k", marker="o", capsize=3, label="mean")
+    ax.plot(
+        [int(n) for n in PAPER_NORMALISED], PAPER_NORMALISED.values(), "k--", alpha=0.6, label="the paper's, 8 tasks"
+    )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([350, 700, 1400], ["350", "700", "1400"])
+    ax.set_xlabel("labels")
+    ax.set_ylabel("0: random policy, 1: true reward")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7, ncols=2)
+    figure.savefig(HERE / "labels.png", dpi=120)
+    plt.close(figure)
+    print(HERE / "labels.png")
+
+
+ABLATIONS = {  # ours -> the paper's
+    "none": "original",
+    "random-queries": "random queries",
+    "no-ensemble": "no ensemble",
+    "no-online-queries": "no online",
+    "no-regularization": "no regularization",
+    "no-segments": "no segments",
+    "target": "target",
+}
+
+
+def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: str) -> None:
+    """Normalised score of each ablation as a bar per task, a dot per seed, beside the paper's.
+
+    curves: the paper's figures of the baseline and of its ablations. Its scores are scaled by our random policy and its
+    own baseline, ours by that of our own.
+    """
+    rows = [row for row in read_csv(HERE / f"{name}.csv") if row["final_return_mean"]]
+    runs = defaultdict(list)
+    for row in rows:
+        if row["feedback"] != "oracle" or int(row["labels"]) == labels:
+            what = row["ablation"] if row["feedback"] == "oracle" else row["feedback"]
+            runs[row["env_id"], what].append(float(row["final_return_mean"]))
+    ablated = {task for task, what in runs if what in ABLATIONS and what != "none"}
+    tasks = sorted(task for task in ablated if {(task, "random"), (task, "true-reward")} <= runs.keys())
+    for task in sorted(ablated - set(tasks)):
+        print(f"{task}: ablations, but no rows of the random policy and of the true reward to scale them by")
+    if not tasks:
+        print(f"{name}.csv has no ablations yet: no figure of them")
+        return
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 4), squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        zero, one = np.mean(runs[task, "random"]), np.mean(runs[task, "true-reward"])
+        paper_one = (paper_curve(curves[0], task, baseline)[1] or [np.nan])[-1]
+        for i, (ours, theirs) in enumerate(ABLATIONS.items()):
+            scores = [(score - zero) / (one - zero) for score in runs.get((task, ours), [])]
+            if scores:
+                ax.bar(i - 0.2, np.mean(scores), 0.4, color="C0", label="ours")
+                ax.plot([i - 0.2] * len(scores), scores, "k.", markersize=4)
+            paper = paper_curve(curves[1], task, theirs)[1]
+            if paper:
+                ax.bar(i + 0.2, (paper[-1] - zero) / (paper_one - zero), 0.4, color="0.7", label="the paper's")
+        ax.set_xticks(range(len(ABLATIONS)), ABLATIONS, rotation=70, fontsize=8)
+        ax.set_ylim(-0.5, 1.6)
+        ax.set_title(task, fontsize=10)
+        ax.grid(axis="y", alpha=0.3)
+    handles = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
+    axes[0, 0].legend(handles.values(), handles.keys(), fontsize=8)
+    axes[0, 0].set_ylabel("0: random policy, 1: true reward")
+    figure.savefig(HERE / f"{name}_ablations.png", dpi=110)
+    plt.close(figure)
+    print(HERE / f"{name}_ablations.png")
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        collect(Path(argument))
+    for argument in map(Path, sys.argv[1:]):
+        collect_export(argument) if argument.suffix == ".csv" else collect(argument)
     draw_atari()
-    if (HERE / "mujoco.csv").exists():
-        draw_mujoco()
-    if (HERE / "human.csv").exists():
-        draw_human()
+    draw_mujoco()
+    draw_labels()
+    draw_ablations("mujoco", 700, (2, 5), "real reward")
+    draw_ablations("atari", 5500, (3, 6), "RL")
+    draw_human()

@@ -65,6 +65,53 @@ def test_a_users_own_run_joins_the_table_and_the_figure(tmp_path, monkeypatch, c
     assert "| Hopper-v5 | – | – | – | 4,000.0 | – |" in capsys.readouterr().out
 
 
+def test_runs_exported_from_wandb_join_too(tmp_path, monkeypatch):
+    """Columns and spellings as its web page downloads them: configuration and summary, and a chart's lines."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(draw, "HERE", tmp_path / "results")
+    old = row("Hopper-v5", "random", 200) | {"run": "x", "command": "python x.py", "script": "", "finished": ""}
+    draw.write_csv(tmp_path / "results" / "mujoco.csv", [old])
+    table = [
+        {"Name": "mine", "State": "finished", "lr": "1e-3", "script": "ppo_mujoco_rlhf", "finished": "true"}
+        | row("Hopper-v5", "oracle", 4000.0, "700"),
+        {"Name": "still running", "State": "running", "script": "", "finished": ""} | row("Hopper-v5", "", None),
+    ]
+    chart = [{"global_step": step, "mine - charts/episodic_return": value} for step, value in ((4096, 1), (8192, 3))]
+    chart = [point | {"mine - charts/episodic_return__MIN": 0} for point in [*chart, {"global_step": 9000}]]
+    for name, rows in (("table", table), ("chart", chart), ("other", [{"a": 1}])):
+        draw.write_csv(tmp_path / f"{name}.csv", rows)
+    for _ in range(2):
+        draw.collect_export(tmp_path / "table.csv")
+    draw.collect_export(tmp_path / "chart.csv")
+    _, new = draw.read_csv(tmp_path / "results" / "mujoco.csv")
+    assert new["run"] == "mine" and new["final_return_mean"] == "4000.0" and new["finished"] == "True"
+    assert "lr" not in new and new["command"] == "exported from W&B"
+    assert [(point["step"], point["return"]) for point in draw.read_curve("mine")] == [("20000", "2.0")]
+    with pytest.raises(SystemExit, match="neither"):
+        draw.collect_export(tmp_path / "other.csv")
+
+
+def test_ablations_stand_beside_the_papers_on_one_scale(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path)
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    rows = [row("Hopper-v5", "random", 200), row("Hopper-v5", "true-reward", 4200)]
+    rows += [row("Hopper-v5", "oracle", 2200, "700"), row("Hopper-v5", "oracle", 4200, "350")]
+    rows += [row("Hopper-v5", "oracle", score, "700", "target") for score in (200, 2200)]
+    rows += [row("Ant-v5", "oracle", 1, "700", "target")]
+    draw.write_csv(tmp_path / "mujoco.csv", rows)
+    heights = {}
+
+    def bar(self, x, height, width, **kwargs):
+        heights[round(x, 1)] = height
+
+    monkeypatch.setattr(draw.matplotlib.axes.Axes, "bar", bar)
+    draw.draw_ablations("mujoco", 700, (2, 5), "real reward")
+    assert "Ant-v5: ablations, but no rows" in capsys.readouterr().out
+    assert heights[-0.2] == pytest.approx(0.5) and heights[5.8] == pytest.approx(0.25)  # none and target, seeds' mean
+    assert heights[0.2] == pytest.approx((4510 - 200) / (4180 - 200), abs=0.02)  # the paper's original in Figure 5
+    assert -0.2 in heights and 0.8 not in heights and 1.2 in heights  # what we have not run, the paper has
+
+
 def test_what_is_in_the_results_is_of_runs_that_say_how_they_were_made():
     for table in ("atari.csv", "mujoco.csv"):
         rows = draw.read_csv(ROOT / "results" / table)

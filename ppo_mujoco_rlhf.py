@@ -151,6 +151,8 @@ class Args:
     """weight of the entropy bonus; the paper's TRPO has 0.01 with the predictor, with PPO that costs return"""
     vf_coef: float = 0.5
     """weight of the value loss"""
+    bound_coef: float = 0.1
+    """weight of the penalty on mean actions out of bounds: the square of how far"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
 
@@ -495,10 +497,15 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 
 class Agent(nn.Module):
-    """Gaussian policy with a std of its own per action, and value: networks 64-64-tanh. x: (B, D) raw observations."""
+    """Gaussian policy with a std of its own per action, and value: networks 64-64-tanh. x: (B, D) raw observations.
 
-    def __init__(self, num_inputs: int, num_actions: int):
+    low, high: (A,) bounds of what the task executes.
+    """
+
+    def __init__(self, num_inputs: int, low, high):
         super().__init__()
+        self.register_buffer("low", low.clone())
+        self.register_buffer("high", high.clone())
         self.register_buffer("obs_mean", torch.zeros(num_inputs, dtype=torch.float64))
         self.register_buffer("obs_var", torch.ones(num_inputs, dtype=torch.float64))
         self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
@@ -510,9 +517,9 @@ class Agent(nn.Module):
                 nn.Tanh(),
                 layer_init(nn.Linear(64, outputs), std=std),
             )
-            for outputs, std in ((num_actions, 0.01), (1, 1.0))
+            for outputs, std in ((len(low), 0.01), (1, 1.0))
         )
-        self.actor_logstd = nn.Parameter(torch.zeros(num_actions))
+        self.actor_logstd = nn.Parameter(torch.zeros(len(low)))
 
     def normalise(self, x):
         return ((x - self.obs_mean.float()) / (self.obs_var.float() + 1e-8).sqrt()).clamp(-10, 10)
@@ -532,13 +539,16 @@ class Agent(nn.Module):
         return self.critic(self.normalise(x)).flatten()
 
     def get_action_and_value(self, x, action=None, generator=None):
+        """Actions (B, A), not clamped yet, and (B,) each: their log-probability, entropy, value, and the square of how
+        far the mean lies out of bounds."""
         x = self.normalise(x)
         mean, std = self.actor_mean(x), self.actor_logstd.exp()
         if action is None:
             action = mean + std * torch.empty_like(mean).normal_(generator=generator)
         logprob = (-0.5 * ((action - mean) / std) ** 2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(x))
-        return action, logprob, entropy, self.critic(x).flatten()
+        excess = ((mean - mean.clamp(self.low, self.high)) ** 2).sum(-1)
+        return action, logprob, entropy, self.critic(x).flatten(), excess
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -916,9 +926,14 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
 
 
 def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
-    """Forward pass and loss of one minibatch, apart from `update_policy` so that it can be compiled."""
-    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
-    return policy_loss(newlogprob, entropy, newvalue, *rest, args)
+    """Forward pass and loss of one minibatch, apart from `update_policy` so that it can be compiled.
+
+    Out of bounds all actions are one action, so nothing in PPO's loss leads a mean back that got there; and the early
+    predictors' errors lead it there.
+    """
+    _, newlogprob, entropy, newvalue, excess = agent.get_action_and_value(obs, actions)
+    loss, info = policy_loss(newlogprob, entropy, newvalue, *rest, args)
+    return loss + args.bound_coef * excess.mean(), info | {"out_of_bounds": excess.detach().mean()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1301,8 +1316,9 @@ def evaluate_run(args: Args) -> dict:
     torch.set_num_threads(args.torch_threads)
     agent = None
     if not args.random:
-        agent = Agent(len(checkpoint["agent"]["obs_mean"]), len(checkpoint["agent"]["actor_logstd"]))
-        agent.load_state_dict(checkpoint["agent"])
+        state = checkpoint["agent"]
+        agent = Agent(len(state["obs_mean"]), state["low"], state["high"])
+        agent.load_state_dict(state)
         agent.to(args.device)
     learned = checkpoint["ensemble"] and checkpoint["ensemble"]["renewals"]
     ensemble = load_reward_model(args.evaluate, checkpoint, args) if learned else None
@@ -1533,7 +1549,7 @@ def train(args: Args) -> dict:
     low, high = (
         torch.as_tensor(x, device=device) for x in (envs.single_action_space.low, envs.single_action_space.high)
     )
-    agent = Agent(num_obs, num_actions).to(device)
+    agent = Agent(num_obs, low, high).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     modules = {"agent": agent, "optimizer": optimizer}
     pool = None if args.true_reward else SegmentPool(args.pool_rows, args.num_envs, num_obs, num_actions, device)
@@ -1662,7 +1678,7 @@ def train(args: Args) -> dict:
         for step in range(args.num_steps):
             obs[step] = next_obs
             with torch.no_grad():
-                action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs, generator=generator)
+                action, logprobs[step], _, values[step], _ = agent.get_action_and_value(next_obs, generator=generator)
             actions[step] = action
             if args.asks_people:
                 shown.append([simulator_state(env) for env in envs.envs])

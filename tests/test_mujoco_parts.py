@@ -29,10 +29,14 @@ def make_envs(env_id: str, num_envs: int, **kwargs):
     return script.make_envs(make_args("--env-id", env_id), num_envs, **kwargs)
 
 
+def bare_agent(num_obs, num_actions):
+    return script.Agent(num_obs, -torch.ones(num_actions), torch.ones(num_actions))
+
+
 def make_agent(num_obs=5, num_actions=2, seed=0):
     """An agent whose outputs all differ: the last layers, the stds and the statistics are not what they start as."""
     torch.manual_seed(seed)
-    agent = script.Agent(num_obs, num_actions)
+    agent = bare_agent(num_obs, num_actions)
     torch.nn.init.normal_(agent.actor_mean[-1].weight, std=0.5)
     torch.nn.init.normal_(agent.actor_logstd, std=0.5)
     agent.renew_statistics(2 + 3 * torch.randn(500, num_obs))
@@ -270,12 +274,15 @@ def test_gae_at_a_time_limit_takes_the_final_states_value_and_cuts_the_trace():
 def test_logprob_and_entropy_are_those_of_a_normal_distribution():
     agent, obs = make_agent(), 2 + 3 * torch.randn(50, 5)
     with torch.no_grad():
-        action, logprob, entropy, value = agent.get_action_and_value(obs)
+        action, logprob, entropy, value, excess = agent.get_action_and_value(obs)
         x = ((obs - agent.obs_mean.float()) / (agent.obs_var.float() + 1e-8).sqrt()).clamp(-10, 10)
         normal = torch.distributions.Normal(agent.actor_mean(x), agent.actor_logstd.exp().expand(50, 2))
         assert torch.allclose(logprob, normal.log_prob(action).sum(-1), atol=1e-5)
         assert torch.allclose(entropy, normal.entropy().sum(-1), atol=1e-5)
         assert torch.allclose(value, agent.critic(x)[:, 0]) and torch.equal(value, agent.get_value(obs))
+        beyond = np.clip(np.abs(agent.actor_mean(x).numpy()) - 1, 0, None)
+        assert beyond.any(1).any() and not beyond.any(1).all()
+        assert np.allclose(excess, (beyond**2).sum(1), atol=1e-5)
         again = agent.get_action_and_value(obs, action + 0.3)
         assert torch.equal(again[0], action + 0.3)
         assert torch.allclose(again[1], normal.log_prob(action + 0.3).sum(-1), atol=1e-5)
@@ -295,7 +302,7 @@ def test_actions_follow_the_policys_mean_and_std_and_its_own_generator():
 
 def test_observation_statistics_are_numpys_over_all_batches():
     """Also where the mean is large beside the std, and where batches differ in size and place."""
-    rng, agent = np.random.default_rng(0), script.Agent(3, 1)
+    rng, agent = np.random.default_rng(0), bare_agent(3, 1)
     batches = [
         rng.normal([1e3 + i, 0.0, -5.0 * i], [1e-1, 2.0, 0.5 + i], size=(n, 3)) for i, n in enumerate([64, 7, 300, 1])
     ]
@@ -314,7 +321,7 @@ def test_only_renewing_moves_the_observation_statistics(monkeypatch):
     obs = torch.randn(32, 10) * 100
     with torch.no_grad():
         agent.get_value(obs)
-        actions, logprobs, _, values = agent.get_action_and_value(obs)
+        actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
     script.evaluate(agent, None, args, 5)
     assert not changed(agent, before)
     optimizer, rng = torch.optim.Adam(agent.parameters(), lr=1e-3), np.random.default_rng(0)
@@ -329,17 +336,37 @@ def test_update_policy_learns_the_rewarded_action():
     """A bandit: actions near 0.7 pay. A learning test of the policy alone, in a second."""
     args = make_args("--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4")
     torch.manual_seed(0)
-    agent, rng = script.Agent(3, 1), np.random.default_rng(0)
+    agent, rng = bare_agent(3, 1), np.random.default_rng(0)
     optimizer, obs = torch.optim.Adam(agent.parameters(), lr=3e-3), torch.randn(256, 3)
     for _ in range(15):
         with torch.no_grad():
-            actions, logprobs, _, values = agent.get_action_and_value(obs)
+            actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
         rewards = -(actions[:, 0] - 0.7).square()
         rollout = (obs, actions, logprobs, rewards - values, rewards, values)
         script.update_policy(agent, optimizer, script.minibatch_loss, *rollout, rng, args)
     with torch.no_grad():
         assert (agent.actor_mean(agent.normalise(obs)) - 0.7).abs().mean() < 0.15
         assert agent.actor_logstd.exp().item() < 0.9
+
+
+def test_a_mean_out_of_bounds_comes_back_and_one_within_is_left_alone():
+    """All actions out there are executed alike: with no advantage to tell them apart, PPO's loss leaves it there."""
+    obs, zeros, means = torch.randn(256, 3), torch.zeros(256), {}
+    for coef in ("0.1", "0"):
+        args = make_args("--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4", "--bound-coef", coef)
+        torch.manual_seed(0)
+        agent, rng = script.Agent(3, torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])), np.random.default_rng(0)
+        agent.actor_mean[-1].bias.data[:] = torch.tensor([3.0, 1.5])
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)  # Adam's momentum overshoots
+        for _ in range(10):
+            with torch.no_grad():
+                actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
+            rollout = (obs, actions, logprobs, zeros, values, values)
+            logged = script.update_policy(agent, optimizer, script.minibatch_loss, *rollout, rng, args)
+        means[coef] = agent.actor_mean(agent.normalise(obs)).mean(0).tolist()
+    assert means["0"] == pytest.approx([3.0, 1.5], abs=0.1)
+    assert means["0.1"] == pytest.approx([1.0, 1.5], abs=0.1)
+    assert logged["out_of_bounds"] == pytest.approx(4, abs=0.5)
 
 
 # ------------------------------------------------------------------------------------------------------- reward model
@@ -395,7 +422,7 @@ def test_only_renew_inputs_moves_the_input_statistics():
 def test_a_stored_clip_scores_the_same_after_the_policys_statistics_have_moved(tmp_path):
     """Trap 33: clips hold raw observations, and what reads them has statistics of its own."""
     args = make_args("--segment-length", "5", "--env-id", "Reacher-v5", "--num-envs", "2", "--num-steps", "16")
-    labels, ensemble, agent = fill(tmp_path, 20), make_ensemble(4), script.Agent(3, 1)
+    labels, ensemble, agent = fill(tmp_path, 20), make_ensemble(4), bare_agent(3, 1)
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=1e-3)
     script.update_reward_model(ensemble, optimizer, labels, 2, np.random.default_rng(0), args)
     stored = state_of(ensemble), ensemble.score(labels.batch([3])[0])

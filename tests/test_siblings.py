@@ -22,7 +22,7 @@ SHARED = """
     layer_init
     sample_pairs take_disjoint preference_probability preference_loss target_loss label_losses disagreement
     bootstrap_weights teacher_answers label_schedule label_shapes write_whole Preferences read_shards
-    compute_gae minibatch_loss
+    compute_gae
     decisive_sums held_out adapt_l2 pretrain labels_scheduled labels_due select_pairs
     git_commit make_run_dir read_run read_checkpoint params_sha256 draw_episode reward_correlation
     sprite_sheet LabelServer behind_schedule
@@ -43,7 +43,7 @@ DIFFERENT = {
         Agent
         RewardEnsemble
         clip_shapes model_inputs SegmentPool
-        update_reward_model
+        minibatch_loss update_reward_model
         Progress load_reward_model evaluate evaluate_run
     """,
 }

@@ -22,6 +22,7 @@ Where this differs from the paper, and why:
   * 2M steps instead of 20M; labels per run are the paper's, so they come ten times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11, T from the first update.
   * Pre-training ends when the held-out loss stops falling.
+  * A penalty on mean actions out of bounds: wrong first rewards lead a policy there, and nothing leads it back.
   * Rewards of std 0.1, not 1: PPO learns its value function by the same gradient steps as its policy, TRPO does not.
   * Gymnasium's v5 tasks on today's MuJoCo, in the paper's form: fixed length, no end before it, no torque penalties.
   * Episodes of 250 steps in InvertedPendulum; the paper does not give its length.

@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--true-reward", action="store_true", help="run the agent of the true reward too")
     parser.add_argument("--runs-dir", default="runs")
     args, flags = parser.parse_known_args()
-    settle = fit_eye() if args.ties_by_speed else None
+    settle = fit_eye().faster if args.ties_by_speed else None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "label_server.py"), "--port", str(args.port)]
         server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)

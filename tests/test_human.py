@@ -409,13 +409,25 @@ def test_pong_is_labelled_through_the_server(server, tmp_path, monkeypatch):
     """What people see of a step is what the agent sees of it, in colour and with the score hidden; the true reward
     is not read."""
     unscored(monkeypatch, atari)
-    robots = [server.robot("one"), server.robot("two")]
+    seen = []
+
+    def settle(*sheets_and_layout):
+        seen.append(sheets_and_layout)
+        return "equal"
+
+    robots = [server.robot("one", settle=settle), server.robot("two", settle=settle)]
     flags = ["--label-server", server.url, "--runs-dir", str(tmp_path / "runs"), "--total-timesteps", "3840"]
     summary = atari.train(atari.parse_args([*PONG, *flags, "--labels", "16"]))
     assert summary["feedback"] == "human" and summary["finished"] and 4 <= summary["labels_used"] <= 16
     run_dir = only(tmp_path / "runs")
     check_answers(atari, run_dir, server, 10)
     assert not set(robots[0].answers) & set(robots[1].answers)
+    assert len(seen) >= summary["ties"]
+    posted = set()
+    for path in (run_dir / "queries").glob("*.npz"):
+        with np.load(path) as pair:
+            posted |= {pair["sheet_0"].tobytes(), pair["sheet_1"].tobytes()}
+    assert seen and all({left, right} <= posted and layout["frames"] == 10 for left, right, layout in seen)
     distances = {-1: [], 0: [], 1: []}
     for path in (run_dir / "queries").glob("*.npz"):
         with np.load(path) as pair:

@@ -361,7 +361,7 @@ def resolve_hardware(args: Args) -> None:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line; W&B sweeps write `--oracle=True`, which tyro spells `--oracle`."""
     argv = sys.argv[1:] if argv is None else argv
-    spelled = r"^--(?:no-)?([\w-]+)=(True|False)$"
+    spelled = r"^--(?!no-)([\w-]+)=(True|False)$"
     argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__)
     address, _, token = args.label_server.partition("?token=")
@@ -385,10 +385,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     run = read_run(source)
     if run["script"] != SCRIPT:
         fail(f"{source} was written by {run['script']}, not by {SCRIPT}")
-    try:
-        saved = Args(**run["args"])
-    except TypeError as error:
-        fail(f"{source} is of another version of {SCRIPT} ({error})")
+    if other := run["args"].keys() ^ asdict(args).keys():
+        fail(f"{source} is of another version of {SCRIPT}: {min(other)} is not an argument of both")
+    saved = Args(**run["args"])
     for name in given:
         setattr(saved, name, getattr(args, name))
     check_values(saved)
@@ -561,7 +560,7 @@ class RewardEnsemble(nn.Module):
         self.hidden_bias = nn.Parameter(torch.zeros(members, 1, 64))
         self.out_weight = nn.Parameter(torch.empty(members, 64, 1).uniform_(-1 / 8, 1 / 8))
         # No output bias: a constant cancels in every comparison, and the normaliser takes it out.
-        # Normaliser and the adaptive weight decay are part of the model: saved, restored and frozen with it.
+        # Normaliser and the adaptive weight decay are part of the model: saved and restored with it.
         self.register_buffer("mean", torch.zeros(members))
         self.register_buffer("std", torch.ones(members))
         self.register_buffer("average_std", torch.ones(()))
@@ -798,7 +797,7 @@ class Preferences:
             for name, (shape, dtype) in label_shapes(clips).items()
         }
         self.weights = torch.empty(capacity, members, device=device)
-        self.known: set[frozenset] = set()  # pairs of segments that were asked about, answered or not
+        self.known: set[frozenset] = set()  # pairs of segments that wait for people or are labels
 
     def __len__(self):
         return min(self.count, self.capacity)
@@ -1000,7 +999,9 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
         if minibatch % 4 == 0:
             at = rng.integers(len(preferences), size=args.reward_minibatch_size)
-            ensemble.decisive.mul_(0.98).add_(decisive_sums(ensemble, preferences, at, args))  # the last few hundred
+            ensemble.decisive.mul_(0.98).add_(
+                decisive_sums(ensemble, preferences, at, args)
+            )  # of the last 50 minibatches
             if args.ablation != "no-regularization":
                 adapt_l2(ensemble)
     (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
@@ -1008,9 +1009,9 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
     return {
         "loss": mean_loss,
         "grad_norm": mean_grad_norm,
-        "loss_heldout": (held_out_loss / held_out_labels).mean(),
-        "loss_train": (train_loss / train_labels).mean(),
-        "accuracy_heldout": (held_out_right / held_out_labels).mean(),
+        "loss_heldout": (held_out_loss / held_out_labels).nanmean(),
+        "loss_train": (train_loss / train_labels).nanmean(),
+        "accuracy_heldout": (held_out_right / held_out_labels).nanmean(),
         "l2_coef": ensemble.l2_coef.mean(),
     }
 
@@ -1130,14 +1131,12 @@ def make_run_dir(args: Args) -> Path:
     for attempt in itertools.count(2):  # two agents of a sweep may start in the same second
         run_dir = Path(args.runs_dir) / (name if attempt == 2 else f"{name}-{attempt}")
         try:
-            run_dir.mkdir(parents=True)
-            (run_dir / "preferences").mkdir()
+            (run_dir / "preferences").mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(run, indent=2))
             return run_dir
-        except FileExistsError:
-            continue
         except OSError as error:
-            fail(f"can't write to {run_dir}: {error.strerror}")
+            if not isinstance(error, FileExistsError) or not run_dir.is_dir():
+                fail(f"can't write to {run_dir}: {error.strerror}")
 
 
 def read_run(run_dir: str) -> dict:
@@ -1340,10 +1339,9 @@ class LabelServer:
         self.url, self.run, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
         self.away_until, self.patience, self.polled_at = 0.0, 1, 0.0
         tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
-        self.token = os.environ.get("LABEL_SERVER_TOKEN")
-        if not self.token and tokens.exists():
-            self.token = json.loads(tokens.read_text())["trainer"]
-        if not self.token:
+        try:
+            self.token = os.environ.get("LABEL_SERVER_TOKEN") or json.loads(tokens.read_text())["trainer"]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, not ours to read, or damaged
             fail("no label server here: start python label_server.py in this directory, or give --label-server and set "
                  "LABEL_SERVER_TOKEN to the trainer's token in the label_server.tokens that it wrote")  # fmt: skip
         reply = self.request("PUT", self.run, {

@@ -447,16 +447,30 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
     refused("not a run directory", "--resume", str(good))
     (good / "args.json").write_text(json.dumps(args | {"script": SCRIPT_NAME, "args": {"env_id": "x", "new": 1}}))
     refused("another version", "--resume", str(good))
-    file = tmp_path / "file"
+    (good / "args.json").write_text(
+        json.dumps(args | {"script": SCRIPT_NAME, "args": dict([*args["args"].items()][1:])})
+    )
+    refused("another version", "--resume", str(good))  # not with today's default for what it did not know
+    file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("")
-    with pytest.raises(SystemExit) as end:
-        run(file / "sub", *FEEDBACK)
-    assert end.value.code == 2 and "can't write to" in capsys.readouterr().err
+    link.symlink_to(tmp_path / "disk that is not there")
+    for place in (file / "sub", link):
+        with pytest.raises(SystemExit) as end:
+            run(place, *FEEDBACK)
+        assert end.value.code == 2 and "can't write to" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(script.time, "strftime", lambda _: "now")
+    dirs = {script.make_run_dir(script.Args(runs_dir=str(tmp_path / "new"), seed=3)) for _ in range(3)}
+    assert len(dirs) == 3 and all((path / "args.json").exists() and (path / "preferences").is_dir() for path in dirs)
 
 
 def test_sweeps_spell_booleans_their_own_way():
     args = script.parse_args(["--oracle=True", "--true_reward=False", "--anneal_lr=False", "--learning_rate=0.001"])
     assert args.oracle and not args.true_reward and not args.anneal_lr and args.learning_rate == 0.001
+    with pytest.raises(SystemExit):
+        script.parse_args(["--oracle", "--no-anneal-lr=True"])  # which of the two?
 
 
 # ------------------------------------------------------------------------------------------------- from outside

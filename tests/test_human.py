@@ -356,15 +356,18 @@ def test_people_give_answers_not_sums(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "said, token", [("no label server at", "x"), ("no label server here", None)], ids=["unreachable", "no token"]
+    "said, token",
+    [("no label server at", "x"), ("no label server here", None), ("no label server here", "damaged")],
+    ids=["unreachable", "no token", "damaged"],
 )
 def test_without_a_server_nothing_begins(tmp_path, monkeypatch, capsys, said, token):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mujoco, "make_twin", lambda *_: "twin")
-    if token:
+    if token == "damaged":
+        (tmp_path / "label_server.tokens").write_text('{"trainer"')
+    monkeypatch.delenv("LABEL_SERVER_TOKEN", raising=False)
+    if token == "x":
         monkeypatch.setenv("LABEL_SERVER_TOKEN", token)
-    else:
-        monkeypatch.delenv("LABEL_SERVER_TOKEN", raising=False)
     with pytest.raises(SystemExit) as stopped:
         mujoco.train(mujoco.parse_args([*PENDULUM, "--label-server", "http://127.0.0.1:9"]))
     assert stopped.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -292,12 +292,9 @@ def check_values(args: Args) -> None:
     probabilities |= {"teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, float) and name in probabilities and not 0 <= value <= 1:
-            fail(f"{flag} lies outside [0, 1]")
-        if isinstance(value, float) and (
-            math.isnan(value) or value < 0 or (value == math.inf and name != "teacher_beta")
-        ):
-            fail(f"{flag} must be a number of at least 0")
+        most = 1 if name in probabilities else math.inf if name == "teacher_beta" else sys.float_info.max
+        if isinstance(value, float) and not 0 <= value <= most:  # nor does NaN lie in any range
+            fail(f"{flag} lies outside [0, 1]" if most == 1 else f"{flag} must be a number of at least 0")
         if value == 0 and name in ("learning_rate", "reward_learning_rate", "reward_std", "reward_std_floor"):
             fail(f"{flag} must be above 0")
         least = 0 if name in ("seed", "labels", "eval_every") else 1
@@ -328,13 +325,13 @@ def check_args(args: Args) -> None:
     check_values(args)
     if args.human and math.ceil(args.clip_length / SHEET["columns"]) * SHEET["height"] > 16383:
         fail(f"--segment-length {args.segment_length} is too long for people: WebP has no room for its frames")
-    teacher = (args.teacher_beta, args.teacher_gamma, args.teacher_mistake, args.teacher_skip, args.teacher_equal)
-    if args.ablation == "target" and teacher != (math.inf, 1.0, 0.0, 0.0, 0.0):
+    imperfect = any(value != getattr(Args, name) for name, value in asdict(args).items() if name.startswith("teacher_"))
+    if args.ablation == "target" and imperfect:
         fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
-    if args.human and (args.ablation == "target" or teacher != (math.inf, 1.0, 0.0, 0.0, 0.0)):
+    if args.human and (args.ablation == "target" or imperfect):
         fail("--human takes no --teacher-* flags and no --ablation target: people give answers, not sums")
-    learning = (args.labels, args.preferences, args.reward_model, args.ablation, *teacher)
-    if args.true_reward and learning != (0, None, None, "none", math.inf, 1.0, 0.0, 0.0, 0.0):
+    learning = imperfect or args.labels or args.preferences or args.reward_model or args.ablation != "none"
+    if args.true_reward and learning:
         fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
     if args.reward_model and (args.labels or args.preferences):
         fail("--reward-model is used as it is: it takes --labels 0 and no --preferences")
@@ -345,12 +342,8 @@ def check_args(args: Args) -> None:
         batch = max(1, min(QUERY_BATCH, args.initial_labels, args.query_limit))  # pairs per initial occasion
         rows = batch * 4 * args.clip_length / args.num_envs + args.clip_length  # and the fresh rows that it needs
         initial_updates = math.ceil(args.initial_labels / batch) * math.ceil(rows / args.num_steps)
-        online_updates = args.num_iterations - initial_updates
-        if (
-            args.query_limit < 1
-            or online_updates < 1
-            or args.labels > online_updates * args.query_limit + args.initial_labels
-        ):
+        updates = args.num_iterations - initial_updates  # that are left for the other labels
+        if min(args.query_limit, updates) < 1 or args.labels - args.initial_labels > updates * args.query_limit:
             fail(
                 f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
                 f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
@@ -772,11 +765,9 @@ def teacher_answers(rng, rewards, recent_sums, args: Args):
     mu = np.where(difference == 0, 0.5, prefers_first)
     flipped = rng.random(len(sums)) < args.teacher_mistake
     mu = np.where(flipped, 1 - mu, mu)
-    if len(recent_sums):
-        mu = np.where(np.abs(sums[:, 0] - sums[:, 1]) < args.teacher_equal * np.std(recent_sums), 0.5, mu)
-        skipped = (sums < np.quantile(recent_sums, args.teacher_skip)).all(1) & (args.teacher_skip > 0)
-    else:
-        skipped = np.zeros(len(sums), dtype=bool)
+    recent = recent_sums if len(recent_sums) else [math.nan]  # no sum lies below, before the first answers
+    mu = np.where(np.abs(sums[:, 0] - sums[:, 1]) < args.teacher_equal * np.std(recent), 0.5, mu)
+    skipped = (sums < np.quantile(recent, args.teacher_skip)).all(1) & (args.teacher_skip > 0)
     return mu.astype(np.float32), skipped
 
 
@@ -1731,9 +1722,8 @@ def train(args: Args) -> dict:
             if args.asks_people and (last or enough):
                 due = 0  # nobody would answer in time; or there is enough to do, and what is newer may wait a minute
             disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
-            pairs = np.empty((0, 2, 2), dtype=np.int64)
-            if due:
-                pairs = select_pairs(ensemble if disputed else None, pool, preferences, due, first, rngs["query"], args)
+            judge = ensemble if disputed else None
+            pairs = select_pairs(judge, pool, preferences, due, first, rngs["query"], args) if due else []
             if not len(pairs):
                 break
             starts = pairs.reshape(-1, 2)

@@ -923,9 +923,10 @@ class RMSpropTF(torch.optim.Optimizer):
             param.addcdiv_(param.grad, (square_avg + group["eps"]).sqrt_(), value=-group["lr"])
 
 
-def update_policy(agent, optimizer, loss_function, b_obs, b_actions, b_advantages, b_returns, args: Args) -> dict:
-    """One step on a rollout, flattened to (T N, ...). Out: what was logged, as tensors."""
-    loss, info = loss_function(agent, args, b_obs, b_actions, b_advantages, b_returns)
+def update_policy(agent, optimizer, loss_function, rollout, args: Args) -> dict:
+    """One step on a rollout: observations, actions, advantages and returns, each (T N, ...). Out: what was logged."""
+    *_, b_advantages, b_returns = rollout
+    loss, info = loss_function(agent, args, *rollout)
     optimizer.zero_grad()
     loss.backward()
     info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -1675,10 +1676,8 @@ def train(args: Args) -> dict:
             advantages, returns = compute_gae(  # lambda 1: n-step returns, of n = num_steps and less
                 pred_rewards, values, next_values * (1 - dones), dones, args.gamma, gae_lambda=1.0
             )
-            progress.policy_log = update_policy(
-                agent, optimizer, loss_function, obs.flatten(0, 1), actions.flatten(), advantages.flatten(),
-                returns.flatten(), args,
-            )  # fmt: skip
+            rollout = [x.flatten(0, 1) for x in (obs, actions, advantages, returns)]
+            progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, args)
 
         # 9. Ask when enough labels are due, and store each answer with copies of its clips
         last = progress.iteration == args.num_iterations

@@ -152,8 +152,8 @@ class Args:
     """minibatches per epoch"""
     update_epochs: int = 2
     """passes over each rollout"""
-    norm_adv: Literal["minibatch", "rollout", "center"] = "minibatch"
-    """advantages: zero mean and unit std per minibatch, or per rollout, or only zero mean per rollout"""
+    norm_adv: bool = True
+    """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.1
     """PPO's clipping of the probability ratio"""
     clip_vloss: bool = True
@@ -910,7 +910,7 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     """PPO's clipped loss on a minibatch; all (B,). Out: the loss, and a dict of tensors to log."""
     logratio = newlogprob - logprobs
     ratio = logratio.exp()
-    if args.norm_adv == "minibatch":
+    if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -943,30 +943,22 @@ def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
 # ----------------------------------------------------------------------------------------------------------------------
 # Updates
 # ----------------------------------------------------------------------------------------------------------------------
-def update_policy(agent, optimizer, loss_function, b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values,
-                  rng, args: Args) -> dict:  # fmt: skip
-    """Epochs of minibatches over a rollout, flattened to (T N, ...). Out: means of what was logged, as tensors."""
-    if args.norm_adv != "minibatch":
-        b_advantages = b_advantages - b_advantages.mean()
-        if args.norm_adv == "rollout":
-            b_advantages = b_advantages / (b_advantages.std() + 1e-8)
+def update_policy(agent, optimizer, loss_function, rollout, rng, args: Args) -> dict:
+    """Epochs of minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
+    (T N, ...). Out: means of what was logged, as tensors."""
+    *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
-        b_inds = torch.as_tensor(rng.permutation(len(b_obs)), device=b_obs.device)
+        b_inds = torch.as_tensor(rng.permutation(len(b_values)), device=b_values.device)
         for mb_inds in b_inds.split(args.minibatch_size):
-            loss, info = loss_function(
-                agent, args, b_obs[mb_inds], b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
-                b_returns[mb_inds], b_values[mb_inds],
-            )  # fmt: skip
+            loss, info = loss_function(agent, args, *(b[mb_inds] for b in rollout))
             optimizer.zero_grad()
             loss.backward()
             info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(info)
-    explained = 1 - (b_returns - b_values).var() / b_returns.var()
-    return {name: torch.stack([i[name] for i in logged]).mean() for name in logged[0]} | {
-        "explained_variance": explained
-    }
+    means = {name: torch.stack([i[name] for i in logged]).mean() for name in logged[0]}
+    return means | {"explained_variance": 1 - (b_returns - b_values).var() / b_returns.var()}
 
 
 @torch.no_grad()
@@ -1709,10 +1701,8 @@ def train(args: Args) -> dict:
             advantages, returns = compute_gae(
                 pred_rewards, values, next_values * (1 - dones), dones, args.gamma, args.gae_lambda
             )
-            progress.policy_log = update_policy(
-                agent, optimizer, loss_function, obs.flatten(0, 1), actions.flatten(), logprobs.flatten(),
-                advantages.flatten(), returns.flatten(), values.flatten(), rngs["policy"], args,
-            )  # fmt: skip
+            rollout = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
+            progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, rngs["policy"], args)
 
         # 9. Ask when enough labels are due, and store each answer with copies of its clips
         last = progress.iteration == args.num_iterations

@@ -49,7 +49,7 @@ def test_the_gradient_is_ppos_at_ratio_one_on_one_full_batch():
     gradients = []
     for module, flags, data in (
         (script, [], (advantages, returns)),
-        (ppo, ["--norm-adv", "center"], (logprobs, advantages, returns, values)),
+        (ppo, ["--no-norm-adv"], (logprobs, advantages, returns, values)),
     ):
         loss, _ = module.minibatch_loss(agent, module.parse_args(["--oracle", *flags]), obs, actions, *data)
         agent.zero_grad()

@@ -59,7 +59,7 @@ def test_gae_by_hand_with_an_end_in_the_middle():
 
 
 def test_policy_loss_by_hand():
-    args = make_args("--norm-adv", "center", "--clip-coef", "0.1", "--ent-coef", "0.5", "--vf-coef", "2")
+    args = make_args("--no-norm-adv", "--clip-coef", "0.1", "--ent-coef", "0.5", "--vf-coef", "2")
     newlogprob, logprobs = torch.tensor([1.5, 0.5]).log(), torch.zeros(2)
     advantages, returns, values = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
     newvalue, entropy = torch.tensor([0.5, 0.05]), torch.tensor([1.0, 3.0])
@@ -98,19 +98,8 @@ def test_update_policy_learns_the_rewarded_action():
         with torch.no_grad():
             actions, logprobs, _, values = agent.get_action_and_value(obs)
         rewards = (actions == 2).float()
-        script.update_policy(
-            agent,
-            optimizer,
-            script.minibatch_loss,
-            obs,
-            actions,
-            logprobs,
-            rewards - values,
-            rewards,
-            values,
-            rng,
-            args,
-        )
+        rollout = (obs, actions, logprobs, rewards - values, rewards, values)
+        script.update_policy(agent, optimizer, script.minibatch_loss, rollout, rng, args)
     with torch.no_grad():
         assert agent.get_action_and_value(obs[:1], torch.tensor([2]))[1].exp() > 0.5
 

@@ -326,7 +326,7 @@ def test_only_renewing_moves_the_observation_statistics(monkeypatch):
     assert not changed(agent, before)
     optimizer, rng = torch.optim.Adam(agent.parameters(), lr=1e-3), np.random.default_rng(0)
     rollout = (obs, actions, logprobs, torch.randn(32), torch.randn(32), values)
-    script.update_policy(agent, optimizer, script.minibatch_loss, *rollout, rng, args)
+    script.update_policy(agent, optimizer, script.minibatch_loss, rollout, rng, args)
     assert changed(agent, before) and not changed(agent, before) & names
     agent.renew_statistics(obs)
     assert names <= changed(agent, before)
@@ -343,7 +343,7 @@ def test_update_policy_learns_the_rewarded_action():
             actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
         rewards = -(actions[:, 0] - 0.7).square()
         rollout = (obs, actions, logprobs, rewards - values, rewards, values)
-        script.update_policy(agent, optimizer, script.minibatch_loss, *rollout, rng, args)
+        script.update_policy(agent, optimizer, script.minibatch_loss, rollout, rng, args)
     with torch.no_grad():
         assert (agent.actor_mean(agent.normalise(obs)) - 0.7).abs().mean() < 0.15
         assert agent.actor_logstd.exp().item() < 0.9
@@ -362,7 +362,7 @@ def test_a_mean_out_of_bounds_comes_back_and_one_within_is_left_alone():
             with torch.no_grad():
                 actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
             rollout = (obs, actions, logprobs, zeros, values, values)
-            logged = script.update_policy(agent, optimizer, script.minibatch_loss, *rollout, rng, args)
+            logged = script.update_policy(agent, optimizer, script.minibatch_loss, rollout, rng, args)
         means[coef] = agent.actor_mean(agent.normalise(obs)).mean(0).tolist()
     assert means["0"] == pytest.approx([3.0, 1.5], abs=0.1)
     assert means["0.1"] == pytest.approx([1.0, 1.5], abs=0.1)

@@ -6,16 +6,16 @@ A small network, fitted to frames of the emulator at speeds that are read from i
 who teach Enduro by what looks fast: of two clips without a score, an oracle can only say that they are equal.
 """
 
-import ale_py
 import cv2
 import numpy as np
 import torch
-from ale_py import ALEInterface, roms
+from ale_py import ALEInterface, LoggerMode, roms
 from torch import nn
 
-SPEED = 22  # byte of the emulator's memory; 6 at a crawl, about 120 at full speed
+SPEED = 22  # byte of the emulator's memory; 6 at a crawl, 76 the most that a driver below reached
 ROAD = slice(50, 155)  # rows of the screen: below are score and speedometer, hidden from people
 CLIP = 25  # steps
+EQUAL = 0.05  # in the logarithm: speeds within 5 %
 # Drivers, by probabilities of the nine actions: none, fire (which is gas), right, left, down (brakes), ...
 DRIVERS = ([1] * 9, [10, 80, 10, 10, 2, 2, 2, 40, 40], [10, 300, 3, 3, 1, 1, 1, 30, 30], [4, 2, 1, 1, 2, 1, 1, 1, 1])
 
@@ -60,7 +60,7 @@ class Eye(nn.Module):
 
     @torch.no_grad()
     def faster(self, left: bytes, right: bytes, clip: dict) -> str:
-        """Which of two WebP sheets, laid out as `clip` says, shows the faster car; "equal" within 5 %."""
+        """Which of two WebP sheets, laid out as `clip` says, shows the faster car, or "equal"."""
         clips = []
         for sheet in (left, right):
             image = cv2.imdecode(np.frombuffer(sheet, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
@@ -68,12 +68,12 @@ class Eye(nn.Module):
             cells = image.reshape(len(image) // height, height, clip["columns"], width, 3).swapaxes(1, 2)
             clips.append(torch.as_tensor(look(cells.reshape(-1, height, width, 3)[: clip["frames"]])))
         first, second = self(torch.stack(clips)).tolist()
-        return "equal" if abs(first - second) < 0.05 else "left" if first > second else "right"
+        return "equal" if abs(first - second) < EQUAL else "left" if first > second else "right"
 
 
 def fit_eye(episodes: int = 16, steps: int = 3300, minibatches: int = 1200, seed: int = 0) -> Eye:
     """An eye fitted to three quarters of the episodes; prints how well it does on the others, by driver."""
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ALEInterface.setLoggerMode(LoggerMode.Error)
     torch.manual_seed(seed)
     rng, driven = np.random.default_rng(seed), [drive(episode, steps) for episode in range(episodes)]
     cut = episodes * 3 // 4
@@ -91,7 +91,7 @@ def fit_eye(episodes: int = 16, steps: int = 3300, minibatches: int = 1200, seed
             seen = torch.cat([eye(part) for part in torch.as_tensor(clips).split(64)]).numpy()
         pairs = rng.integers(len(speeds), size=(10_000, 2)).T
         seen, true = seen[pairs[0]] - seen[pairs[1]], np.log(speeds[pairs[0]] / speeds[pairs[1]])
-        decided, right = np.abs(seen) > 0.05, (seen > 0) == (true > 0)
+        decided, right = np.abs(seen) > EQUAL, (seen > 0) == (true > 0)
         print(
             f"driver {episode % len(DRIVERS)}, at speeds of {speeds.min():.0f} to {speeds.max():.0f}: the eye decides "
             f"{decided.mean():.0%} of the pairs, {right[decided].mean():.0%} of these as the memory does, "

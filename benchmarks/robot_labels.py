@@ -5,7 +5,7 @@
 Robots answer by the oracle's rule through the interface that the page uses. Runs --human and then --oracle with the
 flags given, and adds both to results/human.csv, which results/draw.py draws.
 
-    python benchmarks/robot_labels.py ppo_atari_rlhf.py --env-id ALE/Enduro-v5 --labels 290 --total-timesteps 600000 \\
+    python benchmarks/robot_labels.py ppo_atari_rlhf.py --env-id ALE/Enduro-v5 --labels 290 --total-timesteps 500000 \\
         --ties-by-speed --true-reward
 
 In Enduro most clips have the same score. There, robots that see the clips prefer the faster one, as people do; and the
@@ -22,15 +22,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "results")]
-
-from draw import collect, draw_human  # noqa: E402
-from enduro_eye import fit_eye  # noqa: E402
-
-from robot_labeller import Robot  # noqa: E402
 
 
 def main():
+    sys.path += [str(ROOT / "tests"), str(ROOT / "results")]
+    from draw import collect, draw_human
+    from enduro_eye import fit_eye
+
+    from robot_labeller import Robot
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="one of the three training scripts")
     parser.add_argument("--labels", type=int, default=700)

@@ -150,6 +150,12 @@ def plot_curve(ax, curve: list[dict], name: str, unit: float, **style) -> None:
         ax.plot(*zip(*xy, strict=True), **style)
 
 
+def legend_once(ax) -> None:
+    """A legend with an entry per name, however many lines or bars have it."""
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    ax.legend(handles.values(), handles.keys(), fontsize=8)
+
+
 def draw_atari() -> None:
     """Per game: return, held-out accuracy and correlation of the reward model, and entropy, over steps."""
     rows = read_csv(HERE / "atari.csv")
@@ -225,8 +231,7 @@ def draw_mujoco() -> None:
             name = source(row) if row["feedback"] == "true-reward" else f"{source(row)} labels"
             style = {"color": COLOURS[source(row)], "linewidth": 1.0, "label": name}
             plot_curve(ax, curve, "return", int(row["total_timesteps"]), **style)
-        handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-        ax.legend(handles.values(), handles.keys(), fontsize=8)
+        legend_once(ax)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
             ax.plot(*paper_curve(2, task, curve), "--", color=COLOURS[name], linewidth=1.0, alpha=0.6)
         steps = max(int(row["total_timesteps"] or 0) for row in rows if row["env_id"] == task)
@@ -352,8 +357,7 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
         ax.set_ylim(-0.5, 1.6)
         ax.set_title(task, fontsize=10)
         ax.grid(axis="y", alpha=0.3)
-    handles = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
-    axes[0, 0].legend(handles.values(), handles.keys(), fontsize=8)
+    legend_once(axes[0, 0])
     axes[0, 0].set_ylabel("0: random policy, 1: true reward")
     figure.savefig(HERE / f"{name}_ablations.png", dpi=110)
     plt.close(figure)

@@ -52,8 +52,9 @@ class Robot(threading.Thread):
     def judge(self, pair: dict) -> str:
         left, right = pair["sums"]
         if left == right:
-            sheets = [self.call("GET", pair[side]) for side in ("left", "right")] if self.settle else []
-            return self.settle(*sheets, pair["clip"]) if sheets else "equal"
+            if not self.settle:
+                return "equal"
+            return self.settle(self.call("GET", pair["left"]), self.call("GET", pair["right"]), pair["clip"])
         return "left" if (left > right) != (self.random.random() < self.mistakes) else "right"
 
     def answer(self, pair: dict) -> str:

@@ -151,7 +151,9 @@ class Args:
     num_minibatches: int = 8
     """minibatches per epoch"""
     update_epochs: int = 2
-    """passes over each rollout"""
+    """passes over each rollout, at most"""
+    target_kl: float | None = None
+    """end the passes after one whose mean KL divergence from the policy that acted exceeds this"""
     norm_adv: bool = True
     """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.1
@@ -957,7 +959,11 @@ def update_policy(agent, optimizer, loss_function, rollout, rng, args: Args) -> 
             info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(info)
-    means = {name: torch.stack([i[name] for i in logged]).mean() for name in logged[0]}
+        approx_kl = torch.stack([info["approx_kl"] for info in logged[-args.num_minibatches :]]).mean()
+        if args.target_kl is not None and approx_kl > args.target_kl:
+            break
+    means = {name: torch.stack([info[name] for info in logged]).mean() for name in logged[0]}
+    means["epochs"] = torch.tensor(len(logged) / args.num_minibatches)
     return means | {"explained_variance": 1 - (b_returns - b_values).var() / b_returns.var()}
 
 

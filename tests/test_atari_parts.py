@@ -104,6 +104,23 @@ def test_update_policy_learns_the_rewarded_action():
         assert agent.get_action_and_value(obs[:1], torch.tensor([2]))[1].exp() > 0.5
 
 
+@pytest.mark.parametrize(("target", "epochs"), [("0.02", 2), ("0.04", 3), ("1", 4), ("None", 4)])
+def test_no_further_epoch_after_one_that_went_too_far(target, epochs):
+    """The mean over the minibatches of one epoch counts: not its last one, not those of earlier epochs."""
+    args = make_args("--num-envs", "2", "--num-steps", "2", "--num-minibatches", "2", "--update-epochs", "4",
+                     "--target-kl", target)  # fmt: skip
+    kls = iter([0.03, 0.0, 0.0, 0.05, 0.09, 0.01, 0.0, 0.9])  # means 0.015, 0.025, 0.05, 0.45
+    layer, rows = torch.nn.Linear(1, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+
+    def loss_function(agent, args, x, returns, values):
+        return agent(x).sum(), {"approx_kl": torch.tensor(next(kls))}
+
+    rollout = (rows, rows[:, 0], rows[:, 0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    logged = script.update_policy(layer, optimizer, loss_function, rollout, np.random.default_rng(0), args)
+    assert logged["epochs"] == epochs and len(list(kls)) == 8 - 2 * epochs
+
+
 # ------------------------------------------------------------------------------------------------- loss and schedule
 def test_preference_loss_by_hand_with_a_tie_and_ten_percent_noise():
     difference = torch.tensor([[math.log(3.0), 0.0], [math.log(3.0), 2.0], [-1.0, 0.0]])

@@ -7,7 +7,7 @@
 A row of atari.csv or mujoco.csv is a run's summary.json with the command that made it, or that of the random policy's
 evaluation; a curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced. W&B
 exports two kinds of CSV: its table of runs, which gives rows, and the chart of charts/episodic_return over global_step,
-which gives curves.
+which gives curves. The runs that are named on the command line are drawn thick and black.
 
 paper_figures.csv holds the paper's own curves (Figures 2, 3, 5 and 6), 21 points each, read off the images of its
 figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty where one is hidden.
@@ -67,8 +67,8 @@ def write_curve(run: str, columns: dict[str, dict[int, float]]) -> None:
     write_csv(HERE / "curves" / f"{run}.csv", [fill | {"step": at} | point for at, point in sorted(points.items())])
 
 
-def collect(folder: Path, table: str | None = None, **columns) -> None:
-    """Add a run's row to its table, and its curves to curves/<run>.csv."""
+def collect(folder: Path, table: str | None = None, **columns) -> set[str]:
+    """Add a run's row to its table, and its curves to curves/<run>.csv. Out: its name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     random = folder.name == "random"  # what --evaluate RUN --random left
@@ -80,27 +80,28 @@ def collect(folder: Path, table: str | None = None, **columns) -> None:
     row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command} | columns
     add_row(HERE / (table or ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv")), row)
     if random:
-        return
+        return {row["run"]}
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     logged = {name: events.Scalars(tag) for tag, name in LOGGED.items() if tag in events.Tags()["scalars"]}
     # A resumed run logs some steps twice: the later value counts
     write_curve(run_dir.name, {name: {e.step: e.value for e in values} for name, values in logged.items()})
+    return {row["run"]}
 
 
-def collect_export(path: Path) -> None:
-    """Add what W&B exported: rows from its table of runs, or curves from a chart of the return."""
+def collect_export(path: Path) -> set[str]:
+    """Add what W&B exported: rows from its table of runs, or curves from a chart of the return. Out: runs' names."""
     rows = read_csv(path)
     if not rows:
         raise SystemExit(f"{path} has no rows")
     if "Name" in rows[0] and "script" in rows[0]:
+        rows = [row for row in rows if row["script"]]  # else it has not ended yet: its summary is missing
         for row in rows:
-            if row["script"]:  # else it has not ended yet: its summary is missing
-                table = HERE / ("mujoco.csv" if "mujoco" in row["script"] else "atari.csv")
-                kept = {name: row.get(name, "") for name in read_csv(table)[0]}
-                kept |= {"run": row["Name"], "command": "exported from W&B", "finished": row["finished"].capitalize()}
-                add_row(table, kept)
-        return
+            table = HERE / ("mujoco.csv" if "mujoco" in row["script"] else "atari.csv")
+            kept = {name: row.get(name, "") for name in read_csv(table)[0]}
+            kept |= {"run": row["Name"], "command": "exported from W&B", "finished": row["finished"].capitalize()}
+            add_row(table, kept)
+        return {row["Name"] for row in rows}
     charts = [name for name in rows[0] if name.endswith(" - charts/episodic_return")]
     if "global_step" not in rows[0] or not charts:
         raise SystemExit(
@@ -109,6 +110,7 @@ def collect_export(path: Path) -> None:
     for name in charts:
         values = {int(float(row["global_step"])): float(row[name]) for row in rows if row[name]}
         write_curve(name.removesuffix(" - charts/episodic_return"), {"return": values})
+    return {name.removesuffix(" - charts/episodic_return") for name in charts}
 
 
 PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper does not give, and Enduro, where all fail
@@ -138,6 +140,36 @@ def paper_curve(figure: int, env_id: str, curve: str) -> tuple[list[float], list
     return [x for x, _ in points], [y for _, y in points]
 
 
+PERFECT = {"teacher_beta": np.inf, "teacher_gamma": 1, "teacher_mistake": 0, "teacher_skip": 0, "teacher_equal": 0}
+
+
+def imperfect(row: dict) -> list[str]:
+    """The flags that made a run's teacher an imperfect one: such a run stands in no table of plain ones."""
+    given = {name: row.get(name) for name in PERFECT if row.get(name)}
+    return [f"{name.replace('_', ' ')} {value}" for name, value in given.items() if float(value) != PERFECT[name]]
+
+
+def of_one_budget(rows: list[dict]) -> list[dict]:
+    """Without the runs that have more or fewer steps than their task's last true-reward run."""
+    steps = {row["env_id"]: row.get("total_timesteps") for row in rows if row["feedback"] == "true-reward"}
+    return [row for row in rows if (own := row.get("total_timesteps")) in ("", None, steps.get(row["env_id"], own))]
+
+
+def plain(rows: list[dict]) -> list[dict]:
+    """The rows that a table may stand side by side."""
+    return [row for row in of_one_budget(rows) if row["ablation"] in ("", "none") and not imperfect(row)]
+
+
+def described(row: dict) -> str:
+    """What paid a run's agent, for a legend."""
+    if row["feedback"] == "true-reward":
+        return "true reward"
+    labels = f"{int(float(row.get('labels_used') or row['labels'])):,} labels"
+    by = ["by people"] if row["feedback"] == "human" else []
+    ablation = [] if row["ablation"] in ("", "none") else [row["ablation"]]
+    return ", ".join([labels, *by, *ablation, *imperfect(row)])
+
+
 def read_curve(run: str) -> list[dict]:
     path = HERE / "curves" / f"{run}.csv"
     return read_csv(path) if path.exists() else []
@@ -156,7 +188,7 @@ def legend_once(ax) -> None:
     ax.legend(handles.values(), handles.keys(), fontsize=8)
 
 
-def draw_atari() -> None:
+def draw_atari(named: set[str]) -> None:
     """Per game: return, held-out accuracy and correlation of the reward model, and entropy, over steps."""
     rows = read_csv(HERE / "atari.csv")
     for env_id in sorted({row["env_id"] for row in rows}):
@@ -166,10 +198,9 @@ def draw_atari() -> None:
             curve = read_curve(row["run"])
             if not curve:  # the random policy
                 continue
-            label = row["feedback"] + (f", {int(row['labels_used']):,} labels" if row["labels"] != "0" else "")
-            label += "" if row["ablation"] == "none" else f", {row['ablation']}"
-            style = {"color": next(colours), "linewidth": 1.2}
-            label += f", seed {row['seed']}, {row['commit']}"
+            label = f"{described(row)}, seed {row['seed']}, {row['commit']}"
+            thick = {"color": "k", "linewidth": 2.2, "zorder": 3}
+            style = thick if row["run"] in named else {"color": next(colours), "linewidth": 1.2}
             plot_curve(axes[0], curve, "return", 1e6, label=label, **style)
             plot_curve(axes[1], curve, "accuracy_heldout", 1e6, **style)
             plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
@@ -201,8 +232,8 @@ def source(row: dict) -> str:
 def normalised_scores(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
     """labels -> task -> a score per seed: 0 is the random policy's, 1 the mean of the true-reward runs'."""
     runs = defaultdict(list)
-    for row in rows:
-        if row["final_return_mean"] and row["ablation"] in ("", "none"):
+    for row in plain(rows):
+        if row["final_return_mean"]:
             runs[row["env_id"], source(row)].append(float(row["final_return_mean"]))
     scores: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for (task, labels), returns in runs.items():
@@ -220,24 +251,37 @@ def bootstrap_interval(per_task: list[list[float]], draws: int = 10_000) -> tupl
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
-def draw_mujoco() -> None:
-    """Per task, the true return over a run, the paper's runs of ten times the steps dashed; and the table of scores."""
-    rows = [row for row in read_csv(HERE / "mujoco.csv") if row["ablation"] in ("", "none")]
-    tasks = sorted({row["env_id"] for row in rows})
+def draw_mujoco(named: set[str]) -> None:
+    """Per task, the true return over steps, the paper's dashed; and the table of scores.
+
+    Drawn are the baseline, the paper's numbers of labels, and whatever was named: any teacher, ablation and labels.
+    """
+    every = read_csv(HERE / "mujoco.csv")
+    rows = plain(every)
+    tasks = sorted({row["env_id"] for row in every})
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
     for ax, task in zip(axes.flat, tasks, strict=False):
-        for row in (row for row in rows if row["env_id"] == task and source(row) in COLOURS):
-            curve = read_curve(row["run"])
-            name = source(row) if row["feedback"] == "true-reward" else f"{source(row)} labels"
-            style = {"color": COLOURS[source(row)], "linewidth": 1.0, "label": name}
-            plot_curve(ax, curve, "return", int(row["total_timesteps"]), **style)
-        legend_once(ax)
+        for row in (row for row in every if row["env_id"] == task and row["feedback"] != "random"):
+            style = {"color": COLOURS.get(source(row)), "linewidth": 1.0, "label": described(row)}
+            if row["run"] in named:
+                style = {"color": "k", "linewidth": 2.2, "zorder": 3, "label": f"{described(row)}, seed {row['seed']}"}
+            elif row not in rows or not style["color"]:
+                continue
+            plot_curve(ax, read_curve(row["run"]), "return", 1e6, **style)
+        if ax.lines:
+            legend_once(ax)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
-            ax.plot(*paper_curve(2, task, curve), "--", color=COLOURS[name], linewidth=1.0, alpha=0.6)
-        steps = max(int(row["total_timesteps"] or 0) for row in rows if row["env_id"] == task)
+            points = [(20 * share, score) for share, score in zip(*paper_curve(2, task, curve), strict=True) if share]
+            if points:
+                ax.plot(*zip(*points, strict=True), "--", color=COLOURS[name], linewidth=1.0, alpha=0.6)
+        steps = max(int(row["total_timesteps"] or 0) for row in every if row["env_id"] == task)
         ax.set_title(f"{task}, {steps / 1e6:.1f}M steps")
         ax.grid(alpha=0.3)
-        ax.set_xlabel("share of the run (dashed: the paper's, 20M steps)")
+        ax.set_xscale("log")
+        ax.set_xlim(0.02, 20)
+        ax.set_xticks([0.02, 0.1, 0.5, 2, 20], ["0.02", "0.1", "0.5", "2", "20"])
+        ax.minorticks_off()
+        ax.set_xlabel("million steps (dashed: the paper's)")
     for ax in axes.flat[len(tasks) :]:
         ax.axis("off")
     figure.savefig(HERE / "mujoco.png", dpi=110)
@@ -328,7 +372,8 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
     curves: the paper's figures of the baseline and of its ablations. Its scores are scaled by our random policy and its
     own baseline, ours by that of our own.
     """
-    rows = [row for row in read_csv(HERE / f"{name}.csv") if row["final_return_mean"]]
+    rows = [row for row in of_one_budget(read_csv(HERE / f"{name}.csv")) if not imperfect(row)]
+    rows = [row for row in rows if row["final_return_mean"]]
     runs = defaultdict(list)
     for row in rows:
         if row["feedback"] != "oracle" or int(row["labels"]) == labels:
@@ -365,10 +410,11 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
 
 
 if __name__ == "__main__":
+    named: set[str] = set()
     for argument in map(Path, sys.argv[1:]):
-        collect_export(argument) if argument.suffix == ".csv" else collect(argument)
-    draw_atari()
-    draw_mujoco()
+        named |= collect_export(argument) if argument.suffix == ".csv" else collect(argument)
+    draw_atari(named)
+    draw_mujoco(named)
     draw_labels()
     draw_ablations("mujoco", 700, (2, 5), "real reward")
     draw_ablations("atari", 5500, (3, 6), "RL")

@@ -25,7 +25,13 @@ def test_scores_are_normalised_between_the_random_policy_and_the_mean_of_the_bas
     ]
     rows += [row("Hopper-v5", "oracle", score, "700") for score in (2200, 4200, None)]
     rows += [row("Hopper-v5", "oracle", 0, "700", "no-ensemble"), row("Ant-v5", "oracle", 900, "700")]
-    assert draw.normalised_scores(rows) == {"700": {"Hopper-v5": [0.5, 1.0]}}
+    rows += [row("Hopper-v5", "oracle", 0, "700") | {"teacher_mistake": "0.1"}]
+    rows += [row("Hopper-v5", "oracle", 3200, "350") | {"teacher_mistake": "0", "teacher_gamma": "1.0"}]
+    expected = {"700": {"Hopper-v5": [0.5, 1.0]}, "350": {"Hopper-v5": [0.75]}}
+    assert draw.normalised_scores(rows) == expected
+    of_steps = [one | {"total_timesteps": "" if one["feedback"] == "random" else "2000896"} for one in rows]
+    shorter = row("Hopper-v5", "oracle", 500, "700") | {"total_timesteps": "1001472"}
+    assert draw.normalised_scores([*of_steps, shorter]) == expected
 
 
 def test_the_interval_draws_seeds_within_each_task():
@@ -55,14 +61,52 @@ def test_a_users_own_run_joins_the_table_and_the_figure(tmp_path, monkeypatch, c
         for step, value in ((4000, 100.0), (8000, 300.0), (8000, 500.0), (21000, 900.0)):
             writer.add_scalar("charts/episodic_return", value, step)
     for _ in range(2):
-        draw.collect(run_dir)
+        assert draw.collect(run_dir) == {run_dir.name}
     (found,) = draw.read_csv(tmp_path / "results" / "mujoco.csv")
     assert found["run"] == run_dir.name and found["command"] == "python x.py --oracle"
     curve = draw.read_csv(tmp_path / "results" / "curves" / f"{run_dir.name}.csv")
     assert [(p["step"], p["return"]) for p in curve] == [("20000", "300.0"), ("40000", "900.0")]
-    draw.draw_mujoco()
+    draw.draw_mujoco(set())
     assert (tmp_path / "results" / "mujoco.png").stat().st_size > 10_000
     assert "| Hopper-v5 | – | – | – | 4,000.0 | – |" in capsys.readouterr().out
+
+
+def test_a_run_that_is_named_stands_out_whatever_taught_it(tmp_path, monkeypatch):
+    """Others are drawn in the colour of their labels, and those with other labels, teachers or parts not at all."""
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path)
+    runs = {
+        "a": ("oracle", "700", "none", "0.0"),
+        "b": ("oracle", "700", "none", "0.1"),
+        "c": ("human", "30", "none", ""),
+    }
+    runs |= {"d": ("oracle", "500", "target", "0.0"), "e": ("true-reward", "0", "none", "0.0")}
+    rows = [
+        row("Hopper-v5", feedback, 1.0, labels, ablation)
+        | {"run": run, "teacher_mistake": mistake, "total_timesteps": 40000, "labels_used": labels, "seed": 4}
+        for run, (feedback, labels, ablation, mistake) in runs.items()
+    ]
+    draw.write_csv(tmp_path / "mujoco.csv", rows)
+    for run in runs:
+        draw.write_curve(run, {"return": {20000: 1.0, 40000: 2.0}})
+    drawn, plot = {}, draw.plot_curve
+
+    def seen(ax, curve, name, unit, **style):
+        drawn[style["label"]] = style["color"]
+        plot(ax, curve, name, unit, **style)
+
+    monkeypatch.setattr(draw, "plot_curve", seen)
+    draw.draw_mujoco(set())
+    assert drawn == {"700 labels": "C0", "true reward": "C1"}
+    drawn.clear()
+    draw.draw_mujoco(set("abcd"))
+    assert drawn == {
+        "700 labels, seed 4": "k",
+        "700 labels, teacher mistake 0.1, seed 4": "k",
+        "30 labels, by people, seed 4": "k",
+        "500 labels, target, seed 4": "k",
+        "true reward": "C1",
+    }
 
 
 def test_runs_exported_from_wandb_join_too(tmp_path, monkeypatch):
@@ -81,8 +125,8 @@ def test_runs_exported_from_wandb_join_too(tmp_path, monkeypatch):
     for name, rows in (("table", table), ("chart", chart), ("other", [{"a": 1}])):
         draw.write_csv(tmp_path / f"{name}.csv", rows)
     for _ in range(2):
-        draw.collect_export(tmp_path / "table.csv")
-    draw.collect_export(tmp_path / "chart.csv")
+        assert draw.collect_export(tmp_path / "table.csv") == {"mine"}
+    assert draw.collect_export(tmp_path / "chart.csv") == {"mine"}
     _, new = draw.read_csv(tmp_path / "results" / "mujoco.csv")
     assert new["run"] == "mine" and new["final_return_mean"] == "4000.0" and new["finished"] == "True"
     assert "lr" not in new and new["command"] == "exported from W&B"

@@ -153,7 +153,7 @@ class Args:
     update_epochs: int = 2
     """passes over each rollout, at most"""
     target_kl: float | None = None
-    """end the passes after one whose mean KL divergence from the policy that acted exceeds this"""
+    """end the passes after one whose mean KL divergence from the policy that acted exceeds this; None: never"""
     norm_adv: bool = True
     """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.1
@@ -182,7 +182,8 @@ class Args:
     dropout: float = 0.5
     """dropout after the third and fourth convolution of the reward model"""
     l2_coef: float = 1e-4
-    """weight decay to start with; adapted per member so that held-out / training loss stays in [1.1, 1.5]"""
+    """weight decay to start with; adapted per member, within 1e-6 ... 1e-3, to bring held-out / training loss into
+    [1.1, 1.5]; --ablation no-regularization has none"""
     label_window: int = 3000
     """the reward model trains on the newest labels only"""
     reward_std: float = 0.15
@@ -302,6 +303,8 @@ def check_values(args: Args) -> None:
         least = 0 if name in ("seed", "labels", "eval_every") else 1
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
             fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
+    if not 1e-6 <= args.l2_coef <= 1e-3:
+        fail(f"--l2-coef {args.l2_coef} lies outside [1e-6, 1e-3], where it is kept")
     if args.dropout == 1:
         fail("--dropout 1 leaves nothing")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
@@ -924,16 +927,10 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     v_loss = 0.5 * v_error.mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    with torch.no_grad():
-        approx_kl = ((ratio - 1) - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, {
-        "policy_loss": pg_loss.detach(),
-        "value_loss": v_loss.detach(),
-        "entropy": entropy_loss.detach(),
-        "approx_kl": approx_kl,
-        "clipfrac": clipfrac,
-    }
+    info = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy_loss}
+    info["approx_kl"] = ((ratio - 1) - logratio).mean()
+    info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, {name: value.detach() for name, value in info.items()}
 
 
 def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
@@ -946,8 +943,8 @@ def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
 # Updates
 # ----------------------------------------------------------------------------------------------------------------------
 def update_policy(agent, optimizer, loss_function, rollout, rng, args: Args) -> dict:
-    """Epochs of minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
-    (T N, ...). Out: means of what was logged, as tensors."""
+    """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
+    (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
     *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
@@ -991,10 +988,10 @@ def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> 
 
 
 def adapt_l2(ensemble: RewardEnsemble) -> None:
-    """Move each member's weight decay so that held-out / training loss stays in [1.1, 1.5] (section 2.2.3).
+    """Move each member's weight decay by 5 % towards a held-out / training loss within [1.1, 1.5] (section 2.2.3).
 
-    A step is 5 %. The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the
-    ratio above 1.5 and drive the decay up to its bound: of 1e-1 and 1e-2 it costs what the model has learned.
+    The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5, so
+    that the decay rests at its upper bound: one of 1e-2 or 1e-1 costs what the model has learned.
     """
     (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
     ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
@@ -1024,9 +1021,8 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
         if minibatch % 4 == 0:
             at = rng.integers(len(preferences), size=args.reward_minibatch_size)
-            ensemble.decisive.mul_(0.98).add_(
-                decisive_sums(ensemble, preferences, at, args)
-            )  # of the last 50 minibatches
+            checked = decisive_sums(ensemble, preferences, at, args)
+            ensemble.decisive.mul_(0.98).add_(checked)  # reaches 50 checks back: 200 minibatches
             if args.ablation != "no-regularization":
                 adapt_l2(ensemble)
     (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
@@ -1279,9 +1275,8 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
         for row, (name, values) in enumerate(series.items()):
             zero, colour = 120 + 200 * row, [(255, 160, 60), (60, 160, 255)][row]
             window = values[max(0, t - 99) : t + 1]
-            points = np.stack(
-                [340 + 2.8 * np.arange(len(window)), zero - 75 * window / max(np.abs(values).max(), 1e-6)], 1
-            )
+            heights = 75 * window / max(np.abs(values).max(), 1e-6)
+            points = np.stack([340 + 2.8 * np.arange(len(window)), zero - heights], 1)
             cv2.line(canvas, (340, zero), (620, zero), (80, 80, 80), 1)
             cv2.polylines(canvas, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
             text = f"{name} reward {values[t]:+.3f}"
@@ -1321,12 +1316,14 @@ def evaluate_run(args: Args) -> dict:
     return row
 
 
-def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
-    """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
-    if pool.count - args.clip_length < pool.first_start():
+def reward_correlation(pool: SegmentPool, progress, args: Args) -> float:
+    """Pearson correlation of paid and oracle's sums over 500 segments of the pool; NaN where one is constant."""
+    first = max(pool.first_start(), progress.paid_from // args.num_envs)  # nothing was predicted for earlier rows
+    last = pool.count - args.clip_length
+    if last < first:
         return math.nan
-    rng = np.random.default_rng(seed)  # of its own: logging does not move training
-    starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
+    rng = np.random.default_rng(progress.iteration)  # of its own: logging does not move training
+    starts = sample_pairs(rng, 500, first, last, args.num_envs)[:, 0]
     sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
     return torch.corrcoef(torch.stack(sums))[0, 1].item()
 
@@ -1548,8 +1545,7 @@ def train(args: Args) -> dict:
             module.load_state_dict(checkpoint[name])
         if pool:
             pool.count = checkpoint["pool"]["count"]
-            for name, stream in pool.streams.items():
-                stream.copy_(checkpoint["pool"]["streams"][name])
+            pool.streams = {name: stream.to(device) for name, stream in checkpoint["pool"]["streams"].items()}
         for name, state in checkpoint["rngs"].items():
             rngs[name].bit_generator.state = json.loads(state)
         torch.set_rng_state(checkpoint["torch_rng"])
@@ -1570,20 +1566,19 @@ def train(args: Args) -> dict:
             progress.asked = len(asked)  # some were asked after the checkpoint
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
-        last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
-        next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
-        actions_since_reset = list(checkpoint["actions_since_reset"])
-        if args.asks_people:
-            screens, _ = twin.reset(seed=derive_seed(args.seed, 11, last_reset))
-        for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # ALE's vector can't save its state
-            next_frames, *_ = envs.step(action.astype(np.int64))
+        if progress.iteration % args.reset_every:  # else the next rollout begins with a reset
+            last_reset = progress.iteration // args.reset_every * args.reset_every
+            next_frames, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
+            actions_since_reset = list(checkpoint["actions_since_reset"])
             if args.asks_people:
-                screens, *_ = twin.step(action.astype(np.int64))
-        streams[:] = checkpoint["streams"].numpy()
-        if not np.array_equal(observe(next_frames, history, boxes), checkpoint["next_obs"]):
-            print(
-                "the emulator did not come back to where it was (another version?): this is not the same run any more"
-            )
+                screens, _ = twin.reset(seed=derive_seed(args.seed, 11, last_reset))
+            for action in torch.cat(actions_since_reset).numpy():  # ALE's vector can't save its state
+                next_frames, *_ = envs.step(action.astype(np.int64))
+                if args.asks_people:
+                    screens, *_ = twin.step(action.astype(np.int64))
+            streams[:] = checkpoint["streams"].numpy()
+            if not np.array_equal(observe(next_frames, history, boxes), checkpoint["next_obs"]):
+                print("the emulator did not come back to where it was (another version?): this is another run now")
 
     # 5. Storage of one rollout, logging, signals
     shape = (args.num_steps, args.num_envs)
@@ -1700,13 +1695,11 @@ def train(args: Args) -> dict:
         # 8. Update the policy, unless the first labels are still being collected: those are of the untrained one
         pays = args.true_reward or progress.paid_from >= 0
         if pays:
-            with torch.no_grad():
-                next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
             # Only the baseline sees lost lives and ends, as CleanRL's agent does
             dones = torch.as_tensor((lost | ended) & args.true_reward, dtype=torch.float32, device=device)
-            advantages, returns = compute_gae(
-                pred_rewards, values, next_values * (1 - dones), dones, args.gamma, args.gae_lambda
-            )
+            with torch.no_grad():
+                next_values = (1 - dones) * torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
+            advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
             rollout = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
             progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, rngs["policy"], args)
 
@@ -1726,8 +1719,8 @@ def train(args: Args) -> dict:
             rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
             rewards = rewards.reshape(len(pairs), 2, -1)
             sums = rewards.sum(-1)
-            clips = pool.clips(starts, args.clip_length)
-            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in clips.items()}
+            copies = pool.clips(starts, args.clip_length)
+            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in copies.items()}
             answers |= {"returns": sums.astype(np.float32), "segments": pairs}
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
@@ -1792,7 +1785,7 @@ def train(args: Args) -> dict:
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
             entropy = progress.policy_log.get("entropy", math.nan)
             accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
-            correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
+            correlation = reward_correlation(pool, progress, args) if ensemble else math.nan
             speed = (progress.global_step - line_step) / (time.time() - line_time)
             line_time, line_step = time.time(), progress.global_step
             ties = progress.ties / max(progress.labels_used, 1)
@@ -1816,11 +1809,9 @@ def train(args: Args) -> dict:
             tqdm.write(line)
             sys.stdout.flush()
             for message, bad in {
-                "nine of ten labels are ties: little can be learned from them": progress.labels_used > 99
-                and ties > 0.9,
+                "nine of ten labels are ties: they teach little": progress.labels_used > 99 and ties > 0.9,
                 "the policy's entropy is near zero: it has stopped exploring": entropy < 0.05,
-                "held-out accuracy is at chance: the reward model has learned nothing": accuracy < 0.55
-                and progress.pairs_presented > 5000,
+                "the reward model judges no better than chance": accuracy < 0.55 and progress.pairs_presented > 5000,
             }.items():
                 if bad and message not in warned:
                     warned.add(message)
@@ -1888,7 +1879,7 @@ def train(args: Args) -> dict:
         "final_return_std": float(returns.std()),
         "final_episodes": len(returns) if finished else None,
         "reward_accuracy_heldout": accuracy,
-        "reward_correlation": reward_correlation(pool, args, progress.iteration) if ensemble else None,
+        "reward_correlation": reward_correlation(pool, progress, args) if ensemble else None,
         "reward_loss": progress.reward_log.get("loss"),
         "pg_loss": progress.policy_log.get("policy_loss"),
         "v_loss": progress.policy_log.get("value_loss"),

@@ -129,7 +129,7 @@ class Args:
     """updates after which all environments start anew; a resumed run replays the actions since then"""
 
     # Policy optimisation (CleanRL's ppo_continuous_action.py, but gamma and lambda as in A.1, 16 environments,
-    # minibatches of 256 at a rate of 1e-3, no clipping of the value loss; target_kl and bound_coef)
+    # minibatches of 256 at a rate of 1e-3, no clipping of the value loss, a target_kl, and bound_coef)
     learning_rate: float = 1e-3
     """learning rate of the policy's Adam"""
     anneal_lr: bool = True
@@ -145,7 +145,7 @@ class Args:
     update_epochs: int = 10
     """passes over each rollout, at most"""
     target_kl: float | None = 0.02
-    """end the passes after one whose mean KL divergence from the policy that acted exceeds this"""
+    """end the passes after one whose mean KL divergence from the policy that acted exceeds this; None: never"""
     norm_adv: bool = True
     """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.2
@@ -174,7 +174,8 @@ class Args:
     """label presentations before the first policy update, at most (in rounds of 32 minibatches); ends sooner when the
     held-out loss stops falling"""
     l2_coef: float = 1e-4
-    """weight decay to start with; adapted per member so that held-out / training loss stays in [1.1, 1.5]"""
+    """weight decay to start with; adapted per member, within 1e-6 ... 1e-3, to bring held-out / training loss into
+    [1.1, 1.5]; --ablation no-regularization has none"""
     reward_std: float = 0.1
     """standard deviation of the reward that the policy is paid"""
     reward_std_floor: float = 0.01
@@ -287,6 +288,8 @@ def check_values(args: Args) -> None:
         least = 0 if name in ("seed", "labels", "eval_every") else 1
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
             fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
+    if not 1e-6 <= args.l2_coef <= 1e-3:
+        fail(f"--l2-coef {args.l2_coef} lies outside [1e-6, 1e-3], where it is kept")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
         fail(f"--device {args.device} is none of auto, cpu, cuda, cuda:1, ...")
     if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
@@ -906,16 +909,10 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     v_loss = 0.5 * v_error.mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    with torch.no_grad():
-        approx_kl = ((ratio - 1) - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, {
-        "policy_loss": pg_loss.detach(),
-        "value_loss": v_loss.detach(),
-        "entropy": entropy_loss.detach(),
-        "approx_kl": approx_kl,
-        "clipfrac": clipfrac,
-    }
+    info = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy_loss}
+    info["approx_kl"] = ((ratio - 1) - logratio).mean()
+    info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, {name: value.detach() for name, value in info.items()}
 
 
 def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
@@ -933,8 +930,8 @@ def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
 # Updates
 # ----------------------------------------------------------------------------------------------------------------------
 def update_policy(agent, optimizer, loss_function, rollout, rng, args: Args) -> dict:
-    """Epochs of minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
-    (T N, ...). Out: means of what was logged, as tensors."""
+    """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
+    (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
     *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
@@ -978,10 +975,10 @@ def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> 
 
 
 def adapt_l2(ensemble: RewardEnsemble) -> None:
-    """Move each member's weight decay so that held-out / training loss stays in [1.1, 1.5] (section 2.2.3).
+    """Move each member's weight decay by 5 % towards a held-out / training loss within [1.1, 1.5] (section 2.2.3).
 
-    A step is 5 %. The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the
-    ratio above 1.5 and drive the decay up to its bound: of 1e-1 and 1e-2 it costs what the model has learned.
+    The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5, so
+    that the decay rests at its upper bound: one of 1e-2 or 1e-1 costs what the model has learned.
     """
     (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
     ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
@@ -1012,9 +1009,8 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
         if minibatch % 4 == 0:
             at = rng.integers(len(preferences), size=args.reward_minibatch_size)
-            ensemble.decisive.mul_(0.98).add_(
-                decisive_sums(ensemble, preferences, at, args)
-            )  # of the last 50 minibatches
+            checked = decisive_sums(ensemble, preferences, at, args)
+            ensemble.decisive.mul_(0.98).add_(checked)  # reaches 50 checks back: 200 minibatches
             if args.ablation != "no-regularization":
                 adapt_l2(ensemble)
     (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
@@ -1287,9 +1283,8 @@ def draw_episode(result: dict, folder: Path, title: str) -> None:
         for row, (name, values) in enumerate(series.items()):
             zero, colour = 120 + 200 * row, [(255, 160, 60), (60, 160, 255)][row]
             window = values[max(0, t - 99) : t + 1]
-            points = np.stack(
-                [340 + 2.8 * np.arange(len(window)), zero - 75 * window / max(np.abs(values).max(), 1e-6)], 1
-            )
+            heights = 75 * window / max(np.abs(values).max(), 1e-6)
+            points = np.stack([340 + 2.8 * np.arange(len(window)), zero - heights], 1)
             cv2.line(canvas, (340, zero), (620, zero), (80, 80, 80), 1)
             cv2.polylines(canvas, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
             text = f"{name} reward {values[t]:+.3f}"
@@ -1330,12 +1325,14 @@ def evaluate_run(args: Args) -> dict:
     return row
 
 
-def reward_correlation(pool: SegmentPool, args: Args, seed: int) -> float:
-    """Pearson correlation of predicted and oracle's sums over 500 segments of the pool; NaN where one is constant."""
-    if pool.count - args.clip_length < pool.first_start():
+def reward_correlation(pool: SegmentPool, progress, args: Args) -> float:
+    """Pearson correlation of paid and oracle's sums over 500 segments of the pool; NaN where one is constant."""
+    first = max(pool.first_start(), progress.paid_from // args.num_envs)  # nothing was predicted for earlier rows
+    last = pool.count - args.clip_length
+    if last < first:
         return math.nan
-    rng = np.random.default_rng(seed)  # of its own: logging does not move training
-    starts = sample_pairs(rng, 500, pool.first_start(), pool.count - args.clip_length, args.num_envs)[:, 0]
+    rng = np.random.default_rng(progress.iteration)  # of its own: logging does not move training
+    starts = sample_pairs(rng, 500, first, last, args.num_envs)[:, 0]
     sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
     return torch.corrcoef(torch.stack(sums))[0, 1].item()
 
@@ -1504,7 +1501,8 @@ def train(args: Args) -> dict:
         if [args.device, args.torch_threads] != checkpoint["hardware"]:
             print(f"the checkpoint is of {checkpoint['hardware']}: going on elsewhere is not exact to the bit")
     envs = make_envs(args, args.num_envs)
-    (num_obs,), (num_actions,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    space = envs.single_action_space
+    (num_obs,), (num_actions,) = envs.single_observation_space.shape, space.shape
     learns_reward = not args.true_reward and not args.reward_model
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     ensemble = None
@@ -1534,9 +1532,7 @@ def train(args: Args) -> dict:
     # 3. Environments, policy, reward model, preferences
     if args.env_id not in SEGMENT_LENGTH:
         print(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
-    low, high = (
-        torch.as_tensor(x, device=device) for x in (envs.single_action_space.low, envs.single_action_space.high)
-    )
+    low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
     agent = Agent(num_obs, low, high).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     modules = {"agent": agent, "optimizer": optimizer}
@@ -1568,8 +1564,7 @@ def train(args: Args) -> dict:
             module.load_state_dict(checkpoint[name])
         if pool:
             pool.count = checkpoint["pool"]["count"]
-            for name, stream in pool.streams.items():
-                stream.copy_(checkpoint["pool"]["streams"][name])
+            pool.streams = {name: stream.to(device) for name, stream in checkpoint["pool"]["streams"].items()}
         for name, state in checkpoint["rngs"].items():
             rngs[name].bit_generator.state = json.loads(state)
         if device.type == torch.device(checkpoint["hardware"][0]).type:
@@ -1587,17 +1582,16 @@ def train(args: Args) -> dict:
             progress.asked = len(asked)  # some were asked after the checkpoint
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
-        last_reset = (progress.iteration - 1) // args.reset_every * args.reset_every
-        next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
-        actions_since_reset = list(checkpoint["actions_since_reset"])
-        for action in checkpoint["actions_since_reset"].flatten(0, 1).numpy():  # exact for any task, whatever it hides
-            next_obs, *_ = envs.step(action)
-        next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-        streams[:] = checkpoint["streams"].numpy()
-        if not torch.equal(next_obs.cpu(), checkpoint["next_obs"]):
-            print(
-                "the simulator did not come back to where it was (another version?): this is not the same run any more"
-            )
+        if progress.iteration % args.reset_every:  # else the next rollout begins with a reset
+            last_reset = progress.iteration // args.reset_every * args.reset_every
+            next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
+            actions_since_reset = list(checkpoint["actions_since_reset"])
+            for action in torch.cat(actions_since_reset).numpy():  # exact for any task, whatever it hides
+                next_obs, *_ = envs.step(action)
+            next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            streams[:] = checkpoint["streams"].numpy()
+            if not torch.equal(next_obs.cpu(), checkpoint["next_obs"]):
+                print("the simulator did not come back to where it was (another version?): this is another run now")
 
     # 5. Storage of one rollout, logging, signals
     shape = (args.num_steps, args.num_envs)
@@ -1686,7 +1680,7 @@ def train(args: Args) -> dict:
         # 7. Rewards: the whole rollout by one model, in one go. Beside the log, only the oracle reads env_rewards.
         oracle_rewards = env_rewards.astype(np.float32)
         if args.true_reward:  # scaled and centred by running statistics, as the predictor's are
-            keep = 0.9 if progress.iteration > 1 else 0.0
+            keep = 0.9 ** (args.batch_size / 2048) if progress.iteration > 1 else 0.0  # reaches 20,000 steps back
             progress.true_reward_mean += (1 - keep) * (float(env_rewards.mean()) - progress.true_reward_mean)
             progress.true_reward_var += (1 - keep) * (float(env_rewards.var()) - progress.true_reward_var)
             scale = args.reward_std / max(math.sqrt(progress.true_reward_var), args.reward_std_floor)
@@ -1706,13 +1700,11 @@ def train(args: Args) -> dict:
         if pays:
             with torch.no_grad():
                 next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
-                dones = torch.as_tensor(ended, device=device)
+                dones = torch.as_tensor(ended, dtype=torch.float32, device=device)
                 if final_obs:  # at a time limit the value of the state that the step led to: the next row is a reset's
                     final_obs = torch.tensor(np.array(final_obs), dtype=torch.float32, device=device)
-                    next_values[dones] = agent.get_value(final_obs)
-            advantages, returns = compute_gae(
-                pred_rewards, values, next_values, dones.float(), args.gamma, args.gae_lambda
-            )
+                    next_values[dones.bool()] = agent.get_value(final_obs)
+            advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
             rollout = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
             progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, rngs["policy"], args)
         agent.renew_statistics(obs.flatten(0, 1))
@@ -1733,8 +1725,8 @@ def train(args: Args) -> dict:
             rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
             rewards = rewards.reshape(len(pairs), 2, -1)
             sums = rewards.sum(-1)
-            clips = pool.clips(starts, args.clip_length)
-            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in clips.items()}
+            copies = pool.clips(starts, args.clip_length)
+            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in copies.items()}
             answers |= {"returns": sums.astype(np.float32), "segments": pairs}
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
@@ -1799,7 +1791,7 @@ def train(args: Args) -> dict:
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
             entropy = progress.policy_log.get("entropy", math.nan)
             accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
-            correlation = reward_correlation(pool, args, progress.iteration) if ensemble else math.nan
+            correlation = reward_correlation(pool, progress, args) if ensemble else math.nan
             speed = (progress.global_step - line_step) / (time.time() - line_time)
             line_time, line_step = time.time(), progress.global_step
             ties = progress.ties / max(progress.labels_used, 1)
@@ -1823,11 +1815,9 @@ def train(args: Args) -> dict:
             tqdm.write(line)
             sys.stdout.flush()
             for message, bad in {
-                "nine of ten labels are ties: little can be learned from them": progress.labels_used > 99
-                and ties > 0.9,
+                "nine of ten labels are ties: they teach little": progress.labels_used > 99 and ties > 0.9,
                 "the policy's std is near zero: it has stopped exploring": entropy < -1.6 * num_actions,
-                "held-out accuracy is at chance: the reward model has learned nothing": accuracy < 0.55
-                and progress.pairs_presented > 5000,
+                "the reward model judges no better than chance": accuracy < 0.55 and progress.pairs_presented > 5000,
             }.items():
                 if bad and message not in warned:
                     warned.add(message)
@@ -1893,7 +1883,7 @@ def train(args: Args) -> dict:
         "final_return_std": float(returns.std()),
         "final_episodes": len(returns) if finished else None,
         "reward_accuracy_heldout": accuracy,
-        "reward_correlation": reward_correlation(pool, args, progress.iteration) if ensemble else None,
+        "reward_correlation": reward_correlation(pool, progress, args) if ensemble else None,
         "reward_loss": progress.reward_log.get("loss"),
         "pg_loss": progress.policy_log.get("policy_loss"),
         "v_loss": progress.policy_log.get("value_loss"),

@@ -321,6 +321,23 @@ def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path, breakout):
     assert np.array_equal(stored["frames"], clips["frames"]) and np.array_equal(stored["segments"], pairs)
 
 
+def test_the_correlation_is_of_rewards_that_were_paid():
+    """Rows from before the predictor paid hold zeros: with a tenth of them a correlation of 0.8 would read 0.25."""
+    args, rng = make_args("--segment-length", "5", "--num-envs", "2", "--num-steps", "16"), np.random.default_rng(0)
+    pool, progress = script.SegmentPool(10, 2, "cpu"), script.Progress(iteration=1)
+    truth, zeros = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32), torch.zeros(2000, 2)
+    noise = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32)
+    pool.streams, pool.rows = {"oracle_rewards": torch.cat([zeros, truth]), "pred_rewards": zeros.repeat(2, 1)}, 4000
+    pool.streams["oracle_rewards"][:2000] = noise
+    pool.streams["pred_rewards"][2000:] = truth + 0.75 * noise  # correlation 1 / 1.25
+    pool.count = 4000
+    assert script.reward_correlation(pool, progress, args) < 0.7  # what all rows would say
+    progress.paid_from = 2000 * 2
+    assert script.reward_correlation(pool, progress, args) == pytest.approx(0.8, abs=0.05)
+    progress.paid_from = 3996 * 2  # no segment lies behind that
+    assert math.isnan(script.reward_correlation(pool, progress, args))
+
+
 def test_the_window_holds_the_newest_labels_and_the_disk_all(tmp_path):
     labels = script.Preferences(tmp_path, 5, script.clip_shapes(2), 3, "cpu")
     for i in range(4):
@@ -479,7 +496,7 @@ def test_target_ablation_regresses_both_sums(tmp_path):
 
 def test_held_out_labels_weigh_nothing_and_others_by_their_weight(tmp_path):
     """The gradient of a minibatch is that of the weighted mean per member, summed over members (trap 24)."""
-    args = make_args("--segment-length", "3", "--l2-coef", "0", "--dropout", "0")
+    args = make_args("--segment-length", "3", "--dropout", "0")
     labels, ensemble = fill(tmp_path, 16), make_ensemble(dropout=0.0)
     optimizer, rng = torch.optim.SGD(ensemble.parameters(), lr=1.0), np.random.default_rng(0)
     at = np.random.default_rng(0).integers(16, size=16)

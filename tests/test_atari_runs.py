@@ -375,6 +375,7 @@ def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
         (["--oracle", "--num-minibatches", "7"], "does not divide"),
         (["--oracle", "--teacher-mistake", "1.5"], "outside [0, 1]"),
         (["--oracle", "--gamma", "nan"], "outside [0, 1]"),
+        (["--oracle", "--l2-coef", "0.01"], "outside [1e-6, 1e-3]"),
         (["--oracle", "--num-envs", "0"], "at least 1"),
         (["--oracle", "--learning-rate", "-1"], "at least 0"),
         (["--oracle", "--ablation", "target", "--teacher-mistake", "0.1"], "--teacher"),

@@ -578,6 +578,23 @@ def test_segments_are_the_recorded_rows_also_where_the_pool_has_wrapped(chunk):
         assert sums[i] == pytest.approx(stream["oracle_rewards"][t : t + L, n].sum(), abs=1e-5)
 
 
+def test_the_correlation_is_of_rewards_that_were_paid():
+    """Rows from before the predictor paid hold zeros: with a tenth of them a correlation of 0.8 would read 0.25."""
+    args, rng = make_args("--segment-length", "5", "--num-envs", "2", "--num-steps", "16"), np.random.default_rng(0)
+    pool, progress = script.SegmentPool(10, 2, 3, 2, "cpu"), script.Progress(iteration=1)
+    truth, zeros = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32), torch.zeros(2000, 2)
+    noise = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32)
+    pool.streams, pool.rows = {"oracle_rewards": torch.cat([zeros, truth]), "pred_rewards": zeros.repeat(2, 1)}, 4000
+    pool.streams["oracle_rewards"][:2000] = noise
+    pool.streams["pred_rewards"][2000:] = truth + 0.75 * noise  # correlation 1 / 1.25
+    pool.count = 4000
+    assert script.reward_correlation(pool, progress, args) < 0.7  # what all rows would say
+    progress.paid_from = 2000 * 2
+    assert script.reward_correlation(pool, progress, args) == pytest.approx(0.8, abs=0.05)
+    progress.paid_from = 3996 * 2  # no segment lies behind that
+    assert math.isnan(script.reward_correlation(pool, progress, args))
+
+
 def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path):
     """Trap 1: copies, not row numbers; on the disk too."""
     pool, first = script.SegmentPool(40, 2, 3, 2, "cpu"), recorded(40, 2)
@@ -641,6 +658,7 @@ def test_the_most_disputed_candidates_are_taken(tmp_path, monkeypatch):
         (["--oracle", "--num-envs", "4", "--num-steps", "16", "--num-minibatches", "64"], "one step per minibatch"),
         (["--oracle", "--teacher-mistake", "1.5"], "outside [0, 1]"),
         (["--oracle", "--gamma", "nan"], "outside [0, 1]"),
+        (["--oracle", "--l2-coef", "0"], "outside [1e-6, 1e-3]"),
         (["--oracle", "--num-envs", "0"], "at least 1"),
         (["--oracle", "--reset-every", "0"], "at least 1"),
         (["--oracle", "--learning-rate", "-1"], "at least 0"),

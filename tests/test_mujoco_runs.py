@@ -336,9 +336,10 @@ def same(one, other) -> bool:
 )
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, quick, flags):
     """Trap 40. Stopped in order by SIGTERM: while initial labels are asked; at row 352, after the time limit of
-    environment 0 at 250 and before the common reset at 384; and at row 448, after that reset."""
+    environment 0 at 250 and before the common reset at 384; just before that reset, when nothing need be replayed; and
+    at row 448, after it."""
     whole = run(tmp_path / "whole", *flags)
-    renew, updates, stops = script.Agent.renew_statistics, [], (2, 11, 14)
+    renew, updates, stops = script.Agent.renew_statistics, [], (2, 11, 12, 14)
 
     def interrupted(self, x):
         updates.append(1)

@@ -386,6 +386,14 @@ def test_a_mean_out_of_bounds_comes_back_and_one_within_is_left_alone():
     assert logged["out_of_bounds"] == pytest.approx(4, abs=0.5)
 
 
+def test_the_entropy_bonus_is_the_papers():
+    """A.1: 0.01, in Swimmer 0.001, and only when the predictor pays."""
+    for task, coef in (("Hopper-v5", 0.01), ("Swimmer-v5", 0.001), ("Pusher-v5", 0.01)):
+        assert make_args("--env-id", task).ent_coef == coef
+        assert script.parse_args(["--true-reward", "--env-id", task]).ent_coef == 0
+    assert make_args("--ent-coef", "0").ent_coef == 0
+
+
 # ------------------------------------------------------------------------------------------------------- reward model
 def member_scores(ensemble, x):
     """Each member as the paper describes it, one after the other, row by row."""

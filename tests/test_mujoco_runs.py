@@ -367,6 +367,22 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, quick, flags):
         assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_the_entropy_bonus_falls_to_zero_by_half_of_the_run(tmp_path, quick):
+    """Also across a resume, which knows the first weight from the run's arguments."""
+    seen, update = [], script.update_policy
+
+    def seen_update(*given):
+        seen.append(given[-1].ent_coef)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*given)
+
+    quick.setattr(script, "update_policy", seen_update)
+    assert not run(tmp_path, "--true-reward", "--ent-coef", "0.4", "--total-timesteps", "1024")["finished"]
+    assert run(tmp_path, "--resume", str(only(tmp_path)), small=[])["finished"]
+    assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0])
+
+
 def test_a_crash_is_an_exception_and_the_last_checkpoint_goes_on(tmp_path, quick):
     """Trap 43; and labels on the disk that are newer than the checkpoint do not come twice."""
     whole, update, calls = run(tmp_path / "whole", *FEEDBACK), script.update_reward_model, []

@@ -198,7 +198,8 @@ def draw_atari(named: set[str]) -> None:
             curve = read_curve(row["run"])
             if not curve:  # the random policy
                 continue
-            label = f"{described(row)}, seed {row['seed']}, {row['commit']}"
+            algorithm = row["script"].split("_")[0].upper()
+            label = f"{algorithm}, {described(row)}, seed {row['seed']}, {row['commit']}"
             thick = {"color": "k", "linewidth": 2.2, "zorder": 3}
             style = thick if row["run"] in named else {"color": next(colours), "linewidth": 1.2}
             plot_curve(axes[0], curve, "return", 1e6, label=label, **style)

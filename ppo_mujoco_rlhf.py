@@ -21,8 +21,7 @@ Where this differs from the paper, and why:
   * PPO instead of TRPO: first-order, and in every reader's hands. Its passes over a rollout end once the policy is a KL
     divergence of 0.02 away: without that Walker2d learns nothing. Mean actions out of bounds are penalised: wrong first
     rewards lead a policy there, and nothing leads it back.
-  * The paper's entropy bonus falls to zero by half of the run. To the end it held the std of Walker2d's actions near 1,
-    without it a policy that the first rewards led astray had no noise left to come back.
+  * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
   * 2M steps instead of 20M; labels per run are the paper's, so they come ten times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11, T from the first update.
   * Pre-training ends when the held-out loss stops falling.

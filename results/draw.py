@@ -170,6 +170,9 @@ def described(row: dict) -> str:
     return ", ".join([labels, *by, *ablation, *imperfect(row)])
 
 
+NAMED = {"color": "k", "linewidth": 2.2, "zorder": 3}  # runs of the command line
+
+
 def read_curve(run: str) -> list[dict]:
     path = HERE / "curves" / f"{run}.csv"
     return read_csv(path) if path.exists() else []
@@ -200,8 +203,7 @@ def draw_atari(named: set[str]) -> None:
                 continue
             algorithm = row["script"].split("_")[0].upper()
             label = f"{algorithm}, {described(row)}, seed {row['seed']}, {row['commit']}"
-            thick = {"color": "k", "linewidth": 2.2, "zorder": 3}
-            style = thick if row["run"] in named else {"color": next(colours), "linewidth": 1.2}
+            style = NAMED if row["run"] in named else {"color": next(colours), "linewidth": 1.2}
             plot_curve(axes[0], curve, "return", 1e6, label=label, **style)
             plot_curve(axes[1], curve, "accuracy_heldout", 1e6, **style)
             plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
@@ -265,7 +267,7 @@ def draw_mujoco(named: set[str]) -> None:
         for row in (row for row in every if row["env_id"] == task and row["feedback"] != "random"):
             style = {"color": COLOURS.get(source(row)), "linewidth": 1.0, "label": described(row)}
             if row["run"] in named:
-                style = {"color": "k", "linewidth": 2.2, "zorder": 3, "label": f"{described(row)}, seed {row['seed']}"}
+                style = NAMED | {"label": f"{described(row)}, seed {row['seed']}"}
             elif row not in rows or not style["color"]:
                 continue
             plot_curve(ax, read_curve(row["run"]), "return", 1e6, **style)

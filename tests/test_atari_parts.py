@@ -104,23 +104,6 @@ def test_update_policy_learns_the_rewarded_action():
         assert agent.get_action_and_value(obs[:1], torch.tensor([2]))[1].exp() > 0.5
 
 
-@pytest.mark.parametrize(("target", "epochs"), [("0.02", 2), ("0.04", 3), ("1", 4), ("None", 4)])
-def test_no_further_epoch_after_one_that_went_too_far(target, epochs):
-    """The mean over the minibatches of one epoch counts: not its last one, not those of earlier epochs."""
-    args = make_args("--num-envs", "2", "--num-steps", "2", "--num-minibatches", "2", "--update-epochs", "4",
-                     "--target-kl", target)  # fmt: skip
-    kls = iter([0.03, 0.0, 0.0, 0.05, 0.09, 0.01, 0.0, 0.9])  # means 0.015, 0.025, 0.05, 0.45
-    layer, rows = torch.nn.Linear(1, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-
-    def loss_function(agent, args, x, returns, values):
-        return agent(x).sum(), {"approx_kl": torch.tensor(next(kls))}
-
-    rollout = (rows, rows[:, 0], rows[:, 0])
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    logged = script.update_policy(layer, optimizer, loss_function, rollout, np.random.default_rng(0), args)
-    assert logged["epochs"] == epochs and len(list(kls)) == 8 - 2 * epochs
-
-
 # ------------------------------------------------------------------------------------------------- loss and schedule
 def test_preference_loss_by_hand_with_a_tie_and_ten_percent_noise():
     difference = torch.tensor([[math.log(3.0), 0.0], [math.log(3.0), 2.0], [-1.0, 0.0]])
@@ -319,23 +302,6 @@ def test_a_label_keeps_its_clips_when_the_pool_moves_on(tmp_path, breakout):
     assert mu.tolist() == [1.0] and returns.tolist() == [pytest.approx([0.5**0.5, -(0.5**0.5)])]
     (stored,) = script.read_shards(tmp_path, script.clip_shapes(25))
     assert np.array_equal(stored["frames"], clips["frames"]) and np.array_equal(stored["segments"], pairs)
-
-
-def test_the_correlation_is_of_rewards_that_were_paid():
-    """Rows from before the predictor paid hold zeros: with a tenth of them a correlation of 0.8 would read 0.25."""
-    args, rng = make_args("--segment-length", "5", "--num-envs", "2", "--num-steps", "16"), np.random.default_rng(0)
-    pool, progress = script.SegmentPool(10, 2, "cpu"), script.Progress(iteration=1)
-    truth, zeros = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32), torch.zeros(2000, 2)
-    noise = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32)
-    pool.streams, pool.rows = {"oracle_rewards": torch.cat([zeros, truth]), "pred_rewards": zeros.repeat(2, 1)}, 4000
-    pool.streams["oracle_rewards"][:2000] = noise
-    pool.streams["pred_rewards"][2000:] = truth + 0.75 * noise  # correlation 1 / 1.25
-    pool.count = 4000
-    assert script.reward_correlation(pool, progress, args) < 0.7  # what all rows would say
-    progress.paid_from = 2000 * 2
-    assert script.reward_correlation(pool, progress, args) == pytest.approx(0.8, abs=0.05)
-    progress.paid_from = 3996 * 2  # no segment lies behind that
-    assert math.isnan(script.reward_correlation(pool, progress, args))
 
 
 def test_the_window_holds_the_newest_labels_and_the_disk_all(tmp_path):

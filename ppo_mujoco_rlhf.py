@@ -19,8 +19,8 @@
 
 Where this differs from the paper, and why:
   * PPO instead of TRPO: first-order, and in every reader's hands. Its passes over a rollout end once the policy is a KL
-    divergence of 0.02 away: without that Walker2d learns nothing. Mean actions out of bounds are penalised: wrong first
-    rewards lead a policy there, and nothing leads it back.
+    divergence of 0.02 away (without that Walker2d learns nothing), and while labels are missing, of as much less. Mean
+    actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
   * 2M steps instead of 20M; labels per run are the paper's, so they come ten times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11, T from the first update.
@@ -145,7 +145,8 @@ class Args:
     update_epochs: int = 10
     """passes over each rollout, at most"""
     target_kl: float | None = 0.02
-    """end the passes after one whose mean KL divergence from the policy that acted exceeds this; None: never"""
+    """end the passes after one whose mean KL divergence from the policy that acted exceeds this times the share of
+    the labels that the predictor has; None: never"""
     norm_adv: bool = True
     """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.2
@@ -1658,6 +1659,10 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress.iteration / args.num_iterations)
         ent_coef = args.ent_coef * max(0.0, 1 - 2 * progress.iteration / args.num_iterations)
+        # What few labels taught is often wrong, and a policy that follows it far shows nothing else to ask about
+        known, budget = (progress.labels_loaded + labels for labels in (progress.labels_used, args.labels))
+        target_kl = args.target_kl and args.target_kl * (known / budget if args.labels else 1.0)
+        now = replace(args, ent_coef=ent_coef, target_kl=target_kl)
         progress.iteration += 1
         progress.global_step += args.batch_size
         finished_episodes, final_obs = [], []
@@ -1710,9 +1715,7 @@ def train(args: Args) -> dict:
                     next_values[dones.bool()] = agent.get_value(final_obs)
             advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
             rollout = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
-            progress.policy_log = update_policy(
-                agent, optimizer, loss_function, rollout, rngs["policy"], replace(args, ent_coef=ent_coef)
-            )
+            progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, rngs["policy"], now)
         agent.renew_statistics(obs.flatten(0, 1))
 
         # 9. Ask when enough labels are due, and store each answer with copies of its clips

@@ -383,6 +383,36 @@ def test_the_entropy_bonus_falls_to_zero_by_half_of_the_run(tmp_path, quick):
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0])
 
 
+def test_the_policy_follows_a_predictor_as_far_as_it_has_labels(tmp_path, quick):
+    """The divergence at which passes end, against the labels of the log; all of it where none are to come."""
+    seen, update, loss = [], script.update_policy, script.update_reward_model
+
+    def seen_update(*given):
+        seen.append(given[-1].target_kl)
+        return update(*given)
+
+    def seen_loss(ensemble, optimizer, preferences, *rest):
+        stored.append(preferences.count)
+        return loss(ensemble, optimizer, preferences, *rest)
+
+    quick.setattr(script, "update_policy", seen_update)
+    quick.setattr(script, "update_reward_model", seen_loss)
+    stored = []
+    run(tmp_path / "a", *FEEDBACK, "--target-kl", "0.48")
+    assert seen[0] == pytest.approx(0.12) and seen == sorted(seen) and 0.4 < seen[-1] <= 0.48
+    assert {round(kl * 100) for kl in seen} <= set(stored)
+    seen.clear()
+    more = ["--preferences", str(only(tmp_path / "a")), "--total-timesteps", "1024", "--target-kl", "0.48"]
+    run(tmp_path / "b", "--oracle", "--labels", "0", *more)  # has all that it will ever have
+    assert seen and set(seen) == {0.48}
+    seen.clear()
+    run(tmp_path / "c", "--oracle", "--labels", "48", *more)  # 48 of 96 to begin with
+    assert seen[0] == pytest.approx(0.24) and seen == sorted(seen)
+    seen.clear()
+    run(tmp_path / "d", "--true-reward", "--total-timesteps", "512")
+    assert set(seen) == {0.02}
+
+
 def test_a_crash_is_an_exception_and_the_last_checkpoint_goes_on(tmp_path, quick):
     """Trap 43; and labels on the disk that are newer than the checkpoint do not come twice."""
     whole, update, calls = run(tmp_path / "whole", *FEEDBACK), script.update_reward_model, []

@@ -145,8 +145,8 @@ class Args:
     update_epochs: int = 10
     """passes over each rollout, at most"""
     target_kl: float | None = 0.02
-    """end the passes after one whose mean KL divergence from the policy that acted exceeds this times the share of
-    the labels that the predictor has; None: never"""
+    """end the passes after one whose mean KL divergence from the policy that acted exceeds this, times the share of
+    the labels that have come, if any are to come; None: never"""
     norm_adv: bool = True
     """give the advantages of each minibatch zero mean and unit std"""
     clip_coef: float = 0.2

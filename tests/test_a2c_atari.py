@@ -15,11 +15,10 @@ import a2c_atari_rlhf as script
 import ppo_atari_rlhf as ppo
 from test_atari_runs import only, play_toy
 
-SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256"]
-SMALL += ["--pairs-per-step", "0.25", "--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]
+SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64"]
+SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]
 SMALL += ["--eval-episodes", "2", "--checkpoint-every", "10", "--reset-every", "24", "--log-every", "20"]
 FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
-SHORT = ["--total-timesteps", "640", "--pretrain-pairs", "64", "--pairs-per-step", "0.1"]
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
 def test_every_ablation_and_seed_gives_parameters_of_its_own(tmp_path, toy):
     runs = [["--oracle", "--labels", "48", "--ablation", name] for name in get_args(script.Ablation)]
     runs += [[*runs[0], "--seed", "2"], ["--true-reward"]]
-    runs = [[*flags, *SHORT] for flags in runs]
+    runs = [[*flags, "--total-timesteps", "960"] for flags in runs]
     hashes = [run(tmp_path / str(i), *flags)["params_sha256"] for i, flags in enumerate(runs)]
     assert len(set(hashes)) == len(runs) and run(tmp_path / "again", *runs[0])["params_sha256"] == hashes[0]
 

@@ -159,8 +159,8 @@ def test_same_seed_same_parameters_other_seed_others(tmp_path, toy):
 def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
     hashes = {}
     for ablation in script.Ablation.__args__:
-        short = ["--total-timesteps", "640", "--pretrain-pairs", "64", "--pairs-per-step", "0.1"]
-        summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation, *short)
+        fast = ["--pretrain-pairs", "64", "--pairs-per-step", "0.1"]
+        summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation, *fast)
         assert summary["labels_used"] == 48 and summary["ablation"] == ablation
         assert np.isfinite(summary["reward_loss"])
         hashes[ablation] = summary["params_sha256"]

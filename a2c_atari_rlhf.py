@@ -12,7 +12,7 @@
         store each answer with a copy of its clips
         update_reward_model on minibatches from the label window, then renew its statistics
 
-    python a2c_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # a minute, any CPU
+    python a2c_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # some minutes
     python a2c_atari_rlhf.py --oracle --labels 5500       # Pong, the paper's 50M steps: days on two CPU cores
     python a2c_atari_rlhf.py --human --labels 5500        # people answer, on the page of label_server.py
     python a2c_atari_rlhf.py --true-reward                # the same learner on the same observations, paid by the score

@@ -192,7 +192,7 @@ def legend_once(ax) -> None:
 
 
 def draw_atari(named: set[str]) -> None:
-    """Per game: return, held-out accuracy and correlation of the reward model, and entropy, over steps."""
+    """Per game: return, the paper's dashed, held-out accuracy and correlation of the reward model, and entropy."""
     rows = read_csv(HERE / "atari.csv")
     for env_id in sorted({row["env_id"] for row in rows}):
         figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
@@ -208,6 +208,10 @@ def draw_atari(named: set[str]) -> None:
             plot_curve(axes[1], curve, "accuracy_heldout", 1e6, **style)
             plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
             plot_curve(axes[2], curve, "entropy", 1e6, **style)
+        for name, curve, colour in (("true reward", "RL", "0.3"), ("5,600 labels", "5.6k syn", "0.6")):
+            points = [(50 * share, score) for share, score in zip(*paper_curve(3, env_id, curve), strict=True) if share]
+            if points:
+                axes[0].plot(*zip(*points, strict=True), "--", color=colour, label=f"the paper's A2C, {name}")
         axes[0].set_ylabel("return of training episodes (true score)")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         axes[1].set_ylabel("held-out accuracy (line), correlation (dots)")
@@ -215,6 +219,10 @@ def draw_atari(named: set[str]) -> None:
         for ax in axes:
             ax.set_xlabel("million agent steps")
             ax.grid(alpha=0.3)
+        axes[0].set_xscale("log")
+        axes[0].set_xlim(0.02, 50)
+        axes[0].set_xticks([0.02, 0.1, 0.5, 2, 10, 50], ["0.02", "0.1", "0.5", "2", "10", "50"])
+        axes[0].minorticks_off()
         figure.suptitle(env_id)
         out = HERE / f"{env_id.replace('/', '-')}.png"
         figure.savefig(out, dpi=120)

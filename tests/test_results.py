@@ -109,6 +109,22 @@ def test_a_run_that_is_named_stands_out_whatever_taught_it(tmp_path, monkeypatch
     }
 
 
+def test_the_papers_atari_curves_stand_at_their_own_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path)
+    ours = {"run": "a", "script": "a2c_atari_rlhf", "seed": 1, "commit": "1234567", "labels_used": "5500"}
+    ours |= {"total_timesteps": 40000}
+    draw.write_csv(tmp_path / "atari.csv", [row("ALE/Pong-v5", "oracle", -20.0, "5500") | ours])
+    draw.write_curve("a", {"return": {20000: -21.0, 40000: -20.0}})
+    drawn = []
+    monkeypatch.setattr(draw.plt, "close", lambda figure: drawn.append(figure.axes[0].get_lines()))
+    draw.draw_atari(set())
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0]}
+    assert lines["A2C, 5,500 labels, seed 1, 1234567"] == [[0.02, -21.0], [0.04, -20.0]]
+    assert [2.5, -17.89] in lines["the paper's A2C, true reward"]  # read off at a twentieth of 50M steps
+    assert len(lines) == 3 and len(lines["the paper's A2C, 5,600 labels"]) > 5
+
+
 def test_runs_exported_from_wandb_join_too(tmp_path, monkeypatch):
     """Columns and spellings as its web page downloads them: configuration and summary, and a chart's lines."""
     (tmp_path / "results").mkdir()

@@ -185,6 +185,13 @@ def plot_curve(ax, curve: list[dict], name: str, unit: float, **style) -> None:
         ax.plot(*zip(*xy, strict=True), **style)
 
 
+def plot_paper(ax, millions: int, curve: tuple[list[float], list[float]], **style) -> None:
+    """A curve of the paper's, whose x axis ends at so many million steps; nothing where it has none."""
+    points = [(millions * share, score) for share, score in zip(*curve, strict=True) if share]
+    if points:
+        ax.plot(*zip(*points, strict=True), "--", **style)
+
+
 def legend_once(ax) -> None:
     """A legend with an entry per name, however many lines or bars have it."""
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
@@ -209,9 +216,7 @@ def draw_atari(named: set[str]) -> None:
             plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
             plot_curve(axes[2], curve, "entropy", 1e6, **style)
         for name, curve, colour in (("true reward", "RL", "0.3"), ("5,600 labels", "5.6k syn", "0.6")):
-            points = [(50 * share, score) for share, score in zip(*paper_curve(3, env_id, curve), strict=True) if share]
-            if points:
-                axes[0].plot(*zip(*points, strict=True), "--", color=colour, label=f"the paper's A2C, {name}")
+            plot_paper(axes[0], 50, paper_curve(3, env_id, curve), color=colour, label=f"the paper's A2C, {name}")
         axes[0].set_ylabel("return of training episodes (true score)")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         axes[1].set_ylabel("held-out accuracy (line), correlation (dots)")
@@ -282,9 +287,7 @@ def draw_mujoco(named: set[str]) -> None:
         if ax.lines:
             legend_once(ax)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
-            points = [(20 * share, score) for share, score in zip(*paper_curve(2, task, curve), strict=True) if share]
-            if points:
-                ax.plot(*zip(*points, strict=True), "--", color=COLOURS[name], linewidth=1.0, alpha=0.6)
+            plot_paper(ax, 20, paper_curve(2, task, curve), color=COLOURS[name], linewidth=1.0, alpha=0.6)
         steps = max(int(row["total_timesteps"] or 0) for row in every if row["env_id"] == task)
         ax.set_title(f"{task}, {steps / 1e6:.1f}M steps")
         ax.grid(alpha=0.3)

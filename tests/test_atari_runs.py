@@ -481,10 +481,10 @@ def command(*flags):
 
 
 REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1"]
-REAL += ["--torch-threads", "1", "--env-threads", "1", "--pretrain-pairs", "512", "--query-pool-steps", "2000"]
+REAL += ["--torch-threads", "1", "--env-threads", "1", "--pretrain-pairs", "128", "--query-pool-steps", "2000"]
 REAL += ["--checkpoint-every", "3", "--reset-every", "7", "--eval-episodes", "1", "--log-every", "5"]
 REAL += ["--reward-minibatch-size", "4"]  # so that it is updated every 512 steps
-REAL += ["--oracle", "--labels", "24", "--total-timesteps", "2816", "--env-id", "ALE/Seaquest-v5"]
+REAL += ["--oracle", "--labels", "12", "--total-timesteps", "1792", "--env-id", "ALE/Seaquest-v5"]
 
 
 def test_help_tells_what_the_defaults_do():
@@ -501,7 +501,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     deadline = time.time() + 120
     while not list(tmp_path.glob("cut/*/checkpoint.pt")) and time.time() < deadline:
         time.sleep(0.05)
-    time.sleep(random.random() * 3)
+    time.sleep(random.random() * 2)
     assert process.poll() is None  # else nothing is tested
     process.kill()
     process.wait()
@@ -510,7 +510,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     assert end.returncode == 0, end.stderr
     summaries = [json.loads((d / "summary.json").read_text()) for d in (only(tmp_path / "whole"), cut)]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
-    assert summaries[0]["labels_used"] == summaries[1]["labels_used"] == 24
+    assert summaries[0]["labels_used"] == summaries[1]["labels_used"] == 12
     assert all(s["final_episodes"] == 1 and s["final_return_mean"] >= 0 for s in summaries)
     assert (cut / "episode" / "episode.webm").stat().st_size > 10_000
     assert not whole.stderr and "warning" not in whole.stdout + end.stdout + end.stderr
@@ -545,18 +545,7 @@ def values_of(items) -> dict:
 
 def test_weights_and_biases_gets_it_all_and_a_resumed_run_goes_on(tmp_path):
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = [
-        *REAL,
-        "--track",
-        "--runs-dir",
-        str(tmp_path),
-        "--total-timesteps",
-        "1792",
-        "--labels",
-        "12",
-        "--log-every",
-        "1",
-    ]
+    flags = [*REAL, "--track", "--runs-dir", str(tmp_path), "--log-every", "1"]
     cut = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True, env=env)
     for line in cut.stdout:
         if "entropy" in line and "entropy  nan" not in line:  # the policy is being trained

@@ -323,6 +323,19 @@ def draw_mujoco(named: set[str]) -> None:
         )
 
 
+def print_teachers() -> None:
+    """The scores of imperfect teachers' runs, beside those of as many right answers."""
+    rows = [row for row in of_one_budget(read_csv(HERE / "mujoco.csv")) if row["ablation"] in ("", "none")]
+    scores = defaultdict(list)
+    for row in (row for row in rows if row["feedback"] == "oracle" and row["final_return_mean"]):
+        teacher = f"{int(row['labels']):,} labels, {', '.join(imperfect(row)) or 'no mistakes'}"
+        scores[row["env_id"], teacher].append(f"{float(row['final_return_mean']):,.1f}")
+    tried = {(row["env_id"], int(row["labels"])) for row in rows if row["feedback"] == "oracle" and imperfect(row)}
+    for task, labels in sorted(tried):
+        for teacher in (teacher for name, teacher in scores if name == task and teacher.startswith(f"{labels:,} ")):
+            print(f"{task}, {teacher}: {', '.join(scores[task, teacher])}")
+
+
 def draw_human() -> None:
     """Per task, the true return over steps and the labels over steps, of runs by --human and of the oracle's."""
     rows = read_csv(HERE / "human.csv")
@@ -429,6 +442,7 @@ if __name__ == "__main__":
         named |= collect_export(argument) if argument.suffix == ".csv" else collect(argument)
     draw_atari(named)
     draw_mujoco(named)
+    print_teachers()
     draw_labels()
     draw_ablations("mujoco", 700, (2, 5), "real reward")
     draw_ablations("atari", 5500, (3, 6), "RL")

@@ -34,6 +34,18 @@ def test_scores_are_normalised_between_the_random_policy_and_the_mean_of_the_bas
     assert draw.normalised_scores([*of_steps, shorter]) == expected
 
 
+def test_imperfect_teachers_stand_beside_the_perfect_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    perfect = {"teacher_beta": "", "teacher_gamma": "1.0", "teacher_mistake": "0.0", "teacher_equal": "0.0"}
+    rows = [row("Reacher-v5", "oracle", score, "700") | perfect for score in (-2, -3)]
+    rows += [row("Reacher-v5", "oracle", -4, "700") | perfect | {"teacher_mistake": "0.1"}]
+    rows += [row("Reacher-v5", "oracle", -9, "350") | perfect, row("Hopper-v5", "oracle", 1, "700") | perfect]
+    draw.write_csv(tmp_path / "mujoco.csv", rows)
+    draw.print_teachers()
+    expected = ["Reacher-v5, 700 labels, no mistakes: -2.0, -3.0", "Reacher-v5, 700 labels, teacher mistake 0.1: -4.0"]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
 def test_the_interval_draws_seeds_within_each_task():
     assert draw.bootstrap_interval([[0.5], [1.0, 1.0]]) == pytest.approx((0.75, 0.75))
     low, high = draw.bootstrap_interval([[0.0, 1.0], [0.5]])

@@ -57,14 +57,22 @@ def add_row(table: Path, row: dict) -> None:
 
 
 def write_curve(run: str, columns: dict[str, dict[int, float]]) -> None:
-    """curves/<run>.csv: a point per 20,000 steps, the mean of the values of each column by step."""
-    points: dict[int, dict] = defaultdict(dict)
+    """curves/<run>.csv: a point per 20,000 steps, the mean of the values of each column by step.
+
+    A rest of under half as many steps joins the last point: of its own it would be the mean of a few episodes.
+    """
+    end = 20_000 * max(1, round(max(step for values in columns.values() for step in values) / 20_000))
+    points: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, values in columns.items():
-        for at in sorted({-(-step // 20_000) * 20_000 for step in values}):
-            inside = [value for step, value in values.items() if at - 20_000 < step <= at]
-            points[at][name] = round(float(np.mean(inside)), 4)
-    fill = dict.fromkeys(("step", *LOGGED.values()), "")
-    write_csv(HERE / "curves" / f"{run}.csv", [fill | {"step": at} | point for at, point in sorted(points.items())])
+        for step, value in values.items():
+            points[min(-(-step // 20_000) * 20_000, end)][name].append(value)
+    rows = [
+        dict.fromkeys(("step", *LOGGED.values()), "")
+        | {"step": at}
+        | {name: round(float(np.mean(values)), 4) for name, values in point.items()}
+        for at, point in sorted(points.items())
+    ]
+    write_csv(HERE / "curves" / f"{run}.csv", rows)
 
 
 def collect(folder: Path, table: str | None = None, **columns) -> set[str]:

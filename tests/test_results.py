@@ -52,6 +52,18 @@ def test_the_interval_draws_seeds_within_each_task():
     assert (low, high) == pytest.approx((0.25, 0.75))  # a quarter of the draws takes the same seed twice
 
 
+def test_the_rest_of_a_run_is_no_point_of_its_own(tmp_path, monkeypatch):
+    """1,472 steps beyond a million were three episodes, and looked like a collapse at the end."""
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    draw.write_curve(
+        "x", {"return": {1: 2.0, 20_000: 4.0, 20_001: 1.0, 40_000: 3.0, 41_472: 8.0}, "labels": {20_000: 5}}
+    )
+    points = [(int(p["step"]), p["return"], p["labels"]) for p in draw.read_curve("x")]
+    assert points == [(20_000, "3.0", "5.0"), (40_000, "4.0", "")]
+    draw.write_curve("short", {"return": {2_048: 1.0}})
+    assert [int(p["step"]) for p in draw.read_curve("short")] == [20_000]
+
+
 def test_the_papers_curves_are_found():
     share, score = draw.paper_curve(2, "Hopper-v5", "real reward")
     assert share[-1] == 1.0 and score[-1] == pytest.approx(4180, abs=50)
@@ -70,7 +82,7 @@ def test_a_users_own_run_joins_the_table_and_the_figure(tmp_path, monkeypatch, c
     summary = row("Hopper-v5", "oracle", 4000.0, "700") | {"total_timesteps": 40000, "labels_used": 700}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     with SummaryWriter(str(run_dir)) as writer:
-        for step, value in ((4000, 100.0), (8000, 300.0), (8000, 500.0), (21000, 900.0)):
+        for step, value in ((4000, 100.0), (8000, 300.0), (8000, 500.0), (31000, 900.0)):
             writer.add_scalar("charts/episodic_return", value, step)
     for _ in range(2):
         assert draw.collect(run_dir) == {run_dir.name}

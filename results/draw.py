@@ -333,15 +333,15 @@ def draw_mujoco(named: set[str]) -> None:
 
 def print_teachers() -> None:
     """The scores of imperfect teachers' runs, beside those of as many right answers."""
-    rows = [row for row in of_one_budget(read_csv(HERE / "mujoco.csv")) if row["ablation"] in ("", "none")]
-    scores = defaultdict(list)
-    for row in (row for row in rows if row["feedback"] == "oracle" and row["final_return_mean"]):
-        teacher = f"{int(row['labels']):,} labels, {', '.join(imperfect(row)) or 'no mistakes'}"
-        scores[row["env_id"], teacher].append(f"{float(row['final_return_mean']):,.1f}")
-    tried = {(row["env_id"], int(row["labels"])) for row in rows if row["feedback"] == "oracle" and imperfect(row)}
-    for task, labels in sorted(tried):
-        for teacher in (teacher for name, teacher in scores if name == task and teacher.startswith(f"{labels:,} ")):
-            print(f"{task}, {teacher}: {', '.join(scores[task, teacher])}")
+    groups: dict[tuple[str, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in of_one_budget(read_csv(HERE / "mujoco.csv")):
+        if row["feedback"] == "oracle" and row["ablation"] in ("", "none") and row["final_return_mean"]:
+            teacher = ", ".join(imperfect(row)) or "no mistakes"
+            groups[row["env_id"], int(row["labels"])][teacher].append(f"{float(row['final_return_mean']):,.1f}")
+    for (task, labels), teachers in sorted(groups.items()):
+        if teachers.keys() - {"no mistakes"}:
+            for teacher, scores in teachers.items():
+                print(f"{task}, {labels:,} labels, {teacher}: {', '.join(scores)}")
 
 
 def draw_human() -> None:

@@ -10,7 +10,7 @@
         update_policy
         when enough labels are due: ask about the most disputed pairs of segments from the recent pool
         store each answer with a copy of its clips
-        update_reward_model on minibatches from the label window, then renew its statistics
+        update_reward_model on minibatches of these labels, then renew its statistics
 
     python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # some minutes
     python ppo_atari_rlhf.py --oracle --labels 5500       # Pong, 10M steps: 4.5 hours on two CPU cores

@@ -10,7 +10,7 @@
         update_policy
         when enough labels are due: ask about the most disputed pairs of segments from the recent pool
         store each answer with a copy of its clips
-        update_reward_model on minibatches from the label window, then renew its statistics
+        update_reward_model on minibatches of these labels, then renew its statistics
 
     python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id Reacher-v5 --total-timesteps 100000    # a minute, any CPU
     python ppo_mujoco_rlhf.py --oracle --labels 700       # Hopper, 2M steps: about 10 minutes on one CPU core
@@ -19,8 +19,8 @@
 
 Where this differs from the paper, and why:
   * PPO instead of TRPO: first-order, and in every reader's hands. Its passes over a rollout end once the policy is a KL
-    divergence of 0.02 away (without that Walker2d learns nothing), and while labels are missing, of as much less. Mean
-    actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
+    divergence of 0.02 away (at this rate Walker2d learned nothing without that), while labels are missing, of as much
+    less. Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
   * 2M steps instead of 20M; labels per run are the paper's, so they come ten times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11, T from the first update.
@@ -129,7 +129,7 @@ class Args:
     """updates after which all environments start anew; a resumed run replays the actions since then"""
 
     # Policy optimisation (CleanRL's ppo_continuous_action.py, but gamma and lambda as in A.1, 16 environments,
-    # minibatches of 256 at a rate of 1e-3, no clipping of the value loss, a target_kl, and bound_coef)
+    # minibatches of 256 at a rate of 1e-3, no clipping of the value loss, a target_kl, a bonus, and bound_coef)
     learning_rate: float = 1e-3
     """learning rate of the policy's Adam"""
     anneal_lr: bool = True
@@ -408,8 +408,8 @@ SEGMENT_LENGTH = {
     "InvertedDoublePendulum-v5": 15,
     "InvertedPendulum-v5": 15,
 }
-# The pole stands for twenty steps at first, and never again in its episode. Of 1,000 steps that is too little to learn
-# from in half a million; the paper does not give its length, and its scores fit neither 1,000 nor rl-teacher's 25.
+# The pole stands for twenty steps at first. Of 1,000 that is too little to learn from labels in half a million; the
+# paper does not give its episodes' length, and its scores fit neither 1,000 nor rl-teacher's 25.
 EPISODE_LENGTH = {"InvertedPendulum-v5": 250}
 
 

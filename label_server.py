@@ -1282,12 +1282,12 @@ function help() {
 }
 
 async function askName() {
-  const before = labeller;
-  [labeller, document.body.dataset.state] = ["", "name"];
+  document.body.dataset.state = "name";
   const why = ["It tells your answers from those of others."];
-  while (!labeller) labeller = await show("What is your name?", why, before);
-  localStorage.setItem("labeller", labeller);
-  if (before !== labeller) [held, undoable] = [[], []];  // those were served to somebody else
+  let name = "";
+  while (!name) name = await show("What is your name?", why, labeller);
+  if (name !== labeller) [held, undoable] = [[], []];  // those were served to somebody else
+  localStorage.setItem("labeller", labeller = name);
   remember();
   present();
   fill();
@@ -1306,6 +1306,7 @@ async function load(url) {
 async function take(pair) {
   if (held.some((other) => other.serving === pair.serving)) return;
   const [left, right] = await Promise.all([load(pair.left), load(pair.right)]);
+  if (pair.labeller !== labeller) return;  // the name was changed meanwhile: the server would refuse the answer
   held.push({...pair, left, right, pair});
   remember();
   if (held.length === 1) present();
@@ -1320,12 +1321,13 @@ async function fill() {
   filling = true;
   try {
     while (held.length <= AHEAD) {
+      const asked = labeller;
       const reply = await post("/api/claim", {labeller, wait: held.length ? 0 : 25});
       if (reply.status === 401 || reply.status === 403) return stranger();
       if (!reply.ok) throw new Error(reply.status);
       const {pair} = await reply.json();
       [offline, patience] = [false, 1000];
-      if (pair) await take(pair);
+      if (pair) await take({...pair, labeller: asked});
       else if (held.length) break;
       else await sleep(500);
       paint();
@@ -1555,7 +1557,8 @@ async function start() {
   if (labeller) present();
   else await askName();
   flush();
-  for (const pair of JSON.parse(sessionStorage.getItem("held") || "[]")) {
+  const kept = JSON.parse(sessionStorage.getItem("held") || "[]");
+  for (const pair of kept.filter((pair) => pair.labeller === labeller)) {
     const reply = await post(`/api/servings/${pair.serving}/extend`, {}).catch(() => null);
     if (reply?.ok) await take(pair).catch(() => null);
   }

@@ -350,6 +350,39 @@ def test_a_loaded_page_goes_on_with_the_pairs_it_had(world, visit):
     assert len({event["query"] for event in world.journal()}) == 3
 
 
+def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit):
+    one = visit()
+    one.wait("waiting")  # Ann's claim is under way
+    one.page.click("#who")
+    one.page.fill("input", "Bob")
+    with one.page.expect_response("**/api/claim"):
+        one.page.keyboard.press("Enter")
+        put(world, 1)
+    one.page.wait_for_timeout(500)
+    assert one.page.get_attribute("body", "data-state") == "waiting"
+    world.now += label_server.LEASE + 1
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.sent()
+    assert [event["labeller"] for event in world.journal()] == ["Bob"]
+
+
+def test_a_loaded_page_leaves_the_pairs_of_another_name(world, visit):
+    put(world, 3)
+    one = visit()
+    one.wait()
+    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.evaluate("localStorage.setItem('labeller', 'Bob')")  # in another tab
+    one.page.reload()
+    one.wait("waiting")
+    one.page.wait_for_timeout(500)
+    assert one.page.get_attribute("body", "data-state") == "waiting"
+    world.now += label_server.LEASE + 1
+    for _ in range(3):
+        one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.sent()
+    assert [event["labeller"] for event in world.journal()] == ["Bob"] * 3
+
+
 def test_motion_waits_for_who_prefers_it(world, visit):
     put(world, 1)
     one = visit(reduced_motion="reduce")

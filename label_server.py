@@ -492,7 +492,7 @@ def record_answer(conn, now: float, body: "AnswerBody") -> dict:
         return {"late": known.late, "counted": known.counted}
     found = find_serving(conn, body.serving)
     if found.labeller != body.labeller:
-        raise HTTPException(403, "this pair was served to somebody else")
+        raise HTTPException(409, "this pair was served to somebody else")
     if found.answer:
         raise HTTPException(409, "this pair has been answered; retract that answer first")
     sides = {"left": ("first", "second")[found.swapped], "right": ("second", "first")[found.swapped]}
@@ -513,7 +513,7 @@ def record_retract(conn, now: float, answer_id: str, body: "RetractBody", is_adm
     if not answer:
         raise HTTPException(404, "no such answer")
     if answer.labeller != body.labeller:
-        raise HTTPException(403, "this answer is somebody else's")
+        raise HTTPException(409, "this answer is somebody else's")
     known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
     if known and known.retracts != answer_id:
         raise HTTPException(409, "this id belongs to another event")
@@ -1297,6 +1297,11 @@ async function askName() {
 const post = (url, body, more) => fetch(url, {method: "POST", headers: {"content-type": "application/json"},
   body: JSON.stringify(body), ...more});
 
+// A proxy whose server is away has a 4xx of its own; this server's are told by their detail
+async function refuses(reply, ...codes) {
+  return codes.includes(reply.status) && typeof (await reply.json().catch(() => null))?.detail === "string";
+}
+
 async function load(url) {
   const reply = await fetch(url);
   if (!reply.ok) throw new Error(reply.status);
@@ -1323,7 +1328,7 @@ async function fill() {
     while (held.length <= AHEAD) {
       const asked = labeller;
       const reply = await post("/api/claim", {labeller, wait: held.length ? 0 : 25});
-      if (reply.status === 401 || reply.status === 403) return stranger();
+      if (await refuses(reply, 401, 403)) return stranger();
       if (!reply.ok) throw new Error(reply.status);
       const {pair} = await reply.json();
       [offline, patience] = [false, 1000];
@@ -1346,7 +1351,7 @@ async function beat() {
   if (document.hidden || performance.now() - touchedAt > IDLE || outbox().length) return;
   for (const {serving} of [...held]) {
     const reply = await post(`/api/servings/${serving}/extend`, {}).catch(() => null);
-    if (reply?.status !== 404 && reply?.status !== 409) continue;
+    if (!reply || !await refuses(reply, 404, 409)) continue;
     const seen = held[0]?.serving === serving;
     held = held.filter((entry) => entry.serving !== serving);
     remember();
@@ -1380,8 +1385,9 @@ async function flush() {
     for (let key; (key = outbox()[0]);) {  // in order: a retract after its answer
       const item = JSON.parse(localStorage.getItem(key));
       const reply = item && await post(item.url, item.body, {keepalive: true});
-      if (reply && (reply.status === 401 || reply.status === 429 || reply.status >= 500)) throw new Error(reply.status);
-      localStorage.removeItem(key);  // any other refusal is for good, and must not stop what comes behind it
+      // Such a refusal is for good, and must not stop what comes behind it; a 403 ends with a link of the right role
+      if (reply && !reply.ok && !await refuses(reply, 404, 409, 422)) throw new Error(reply.status);
+      localStorage.removeItem(key);
       [offline, delay] = [false, 1000];
     }
     report();
@@ -1547,10 +1553,12 @@ async function start() {
   for (;;) {
     const reply = await fetch("/api/instructions").catch(() => null);
     if (reply?.ok) {
-      texts = await reply.json();
+      [texts, offline] = [await reply.json(), false];
       break;
     }
-    if (reply && reply.status < 500) return stranger();
+    if (reply && await refuses(reply, 401, 403)) return stranger();
+    offline = true;
+    paint();
     await sleep(2000);
   }
   if (!localStorage.getItem("practised")) lessons = makeLessons();

@@ -319,6 +319,60 @@ def test_an_answer_that_the_server_could_not_take_is_sent_again(world, visit):
     one.problems[:] = [line for line in one.problems if "503" not in line]
 
 
+def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
+    put(world, 6)
+    one, away = visit(), True
+    one.wait()
+    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+
+    def fail_while_away(route):
+        if away:
+            route.fulfill(status=404, content_type="text/plain", body="404 page not found")
+        else:
+            route.continue_()
+
+    one.page.route("**/api/**", fail_while_away)
+    one.page.evaluate("beat()")
+    one.page.wait_for_timeout(200)
+    servings = [one.do(lambda: one.page.keyboard.press("ArrowLeft")) for _ in range(3)]
+    assert world.journal() == []
+    one.page.wait_for_function("() => document.querySelector('#unsent').innerText.includes('3 kept here')")
+    away = False
+    one.sent()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert [event["serving"] for event in world.journal()][:3] == servings
+    one.problems[:] = [line for line in one.problems if "404" not in line]
+
+
+def test_an_answer_waits_for_a_token_that_may_give_it(world, visit):
+    put(world, 4)
+    one = visit()
+    one.wait()
+    other = one.context.new_page()
+    other.goto(f"{world.url}/?token={TOKENS['trainer']}")
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.wait("stranger")
+    one.page.wait_for_timeout(500)
+    other.goto(world.url + LINK)
+    one.sent()
+    assert len(world.journal()) == 1
+    one.problems[:] = [line for line in one.problems if "403" not in line]
+
+
+def test_what_the_server_itself_refuses_is_not_sent_for_ever(world, visit):
+    put(world, 2)
+    one = visit()
+    one.wait()
+    bad = {"id": new_id(), "serving": new_id(), "labeller": "Ann", "answer": "left", "seconds": 1}
+    bodies = [bad, bad | {"seconds": -1}, bad | {"serving": one.serving(), "labeller": "Bob"}]
+    one.page.evaluate("(bodies) => bodies.forEach((body) => send('/api/answers', body))", bodies)
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert len(world.journal()) == 1
+    one.problems[:] = [line for line in one.problems if not any(code in line for code in ("404", "409", "422"))]
+
+
 def test_two_people_are_never_given_the_same_pair(world, visit):
     _, queries = put(world, 8)
     people = [visit("Ann"), visit("Bob")]

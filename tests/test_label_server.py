@@ -286,7 +286,7 @@ def test_answers_are_stored_once(world):
     reply = world.answer(pair, "left")
     assert world.answer(pair, "left", id=reply["id"]) == reply
     world.answer(pair, "left", expect=409)
-    world.answer(pair, "left", labeller="Bob", expect=403)
+    world.answer(pair, "left", labeller="Bob", expect=409)
     world.answer({"serving": new_id()}, expect=404)
     other = {"serving": (world.query(world.run()), world.claim())[1]["serving"]}
     world.answer(other, id=reply["id"], expect=409)
@@ -353,7 +353,7 @@ def test_a_late_undo_is_a_retract_and_the_query_is_open_again(world):
     assert world.retract(answer) == first  # another id, but there is nothing left to retract
     assert [(e["kind"], e["answer"]) for e in world.events(run)] == [("answer", "equal"), ("retract", "equal")]
     assert world.call("GET", "/api/progress?labeller=Ann")["runs"][0]["open"] == 1
-    world.retract(answer, "Bob", expect=403)
+    world.retract(answer, "Bob", expect=409)
     world.retract(new_id(), expect=404)
     world.retract(undo, expect=404)  # a retract can't be retracted
     world.now += label_server.LEASE + 1

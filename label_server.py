@@ -1360,8 +1360,19 @@ async function beat() {
   fill();
 }
 
+async function comeBack() {  // others may have been given the pairs by now: this press answers none of them
+  [touchedAt, shownAt] = [performance.now(), Infinity];
+  await beat();
+  shownAt = performance.now();
+}
+
+function touch() {
+  if (performance.now() - touchedAt > IDLE) comeBack();
+  touchedAt = performance.now();
+}
+
 function stranger() {
-  held = [];
+  [held, undoable, shown] = [[], [], null];
   document.body.dataset.state = "stranger";
   paint();
 }
@@ -1525,7 +1536,7 @@ for (const [id, action] of Object.entries(actions))
   });
 
 addEventListener("keydown", (event) => {
-  touchedAt = performance.now();
+  touch();
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "INPUT") return;
   const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if ($("dialog").open) {
@@ -1535,11 +1546,12 @@ addEventListener("keydown", (event) => {
   if (id || event.repeat) event.preventDefault();  // a held Enter would press the focused button again and again
   if (id && (!event.repeat || id === "back" || id === "forth")) $(id).click();
 });
-addEventListener("pointerdown", () => touchedAt = performance.now());
+addEventListener("pointerdown", touch);
 addEventListener("online", () => (flush(), fill()));
 addEventListener("visibilitychange", () => {
-  if (!document.hidden) document.title = "Which clip is better?";
-  beat();
+  if (document.hidden) return;
+  document.title = "Which clip is better?";
+  comeBack();
 });
 addEventListener("pagehide", () => {  // they stay in the outbox, and are sent again if nothing acknowledges them
   for (const key of outbox()) {

@@ -437,6 +437,33 @@ def test_a_loaded_page_leaves_the_pairs_of_another_name(world, visit):
     assert [event["labeller"] for event in world.journal()] == ["Bob"] * 3
 
 
+@pytest.mark.parametrize("how", ["key", "click", "tab"])
+def test_who_comes_back_answers_nothing_that_others_have_answered(world, visit, how):
+    put(world, 5)
+    one = visit()
+    one.wait()
+    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    stale = one.serving()
+
+    def hide(hidden):
+        define = f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})"
+        one.page.evaluate(define + "; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))")
+
+    if how == "tab":
+        hide("true")
+    one.page.evaluate("touchedAt -= IDLE")
+    world.now += label_server.LEASE + 1
+    world.answer(world.claim("Bob"), "equal", "Bob")  # the newest, which Ann has before her
+    if how == "tab":
+        hide("false")
+    one.page.click("#left") if how == "click" else one.page.keyboard.press("ArrowLeft")
+    one.next(stale)
+    one.do(lambda: one.page.keyboard.press("ArrowRight"))
+    one.sent()
+    assert [(event["labeller"], event["counted"]) for event in world.journal()] == [("Bob", True), ("Ann", True)]
+    one.problems[:] = [line for line in one.problems if "409" not in line]
+
+
 def test_motion_waits_for_who_prefers_it(world, visit):
     put(world, 1)
     one = visit(reduced_motion="reduce")
@@ -515,6 +542,22 @@ def test_a_stranger_is_told_to_use_the_link(world, visit):
     one = visit(path="/?token=wrong")
     one.wait("stranger")
     assert "open the link" in one.page.inner_text("#notice")
+    one.problems[:] = [line for line in one.problems if "401" not in line]
+
+
+def test_a_stranger_answers_no_pair_that_is_out_of_sight(world, visit):
+    put(world, 5)
+    one = visit()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    one.context.clear_cookies()
+    one.page.evaluate("held.splice(1); fill()")
+    one.wait("stranger")
+    for key in ("ArrowLeft", "u", "ArrowLeft"):
+        one.page.wait_for_timeout(300)
+        one.page.keyboard.press(key)
+    assert one.page.evaluate("outbox()") == []
+    assert one.page.get_attribute("body", "data-state") == "stranger"
     one.problems[:] = [line for line in one.problems if "401" not in line]
 
 

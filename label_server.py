@@ -52,6 +52,7 @@ from pydantic import BaseModel, Field, StringConstraints
 SCHEMA_VERSION = 1
 LEASE = 90.0  # seconds that a pair is kept for one person; the page prolongs it
 GRACE = 5.0  # seconds before a trainer sees an answer, unless the same person answers again sooner
+SILENCE = 86_400.0  # seconds after which a run whose trainer asks for nothing is taken for abandoned
 REPEAT_GAP = 20  # answers between a pair and its repetition
 LONGEST_WAIT = 30.0  # seconds that a request may wait for news
 WAITING_REQUESTS = 200  # at once; each takes a thread
@@ -413,10 +414,21 @@ def answered_later():
     return sa.and_(later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number)
 
 
-def choose(conn, now: float, labeller: str, run_id: str | None):
+def is_live(now: float, heard: dict[str, float]):
+    """Its trainer wants answers: a run that was killed, and never resumed, would else be served for ever.
+
+    That a trainer asks is too frequent to be stored, so after a restart it is known by its status until it asks again.
+    """
+    asked = [run_id for run_id, time in list(heard.items()) if time > now - SILENCE]
+    told = sa.select(status.c.time).where(status.c.run == run.c.id).order_by(status.c.number.desc()).limit(1)
+    last_told = sa.func.coalesce(told.scalar_subquery().correlate(run), run.c.time)
+    return sa.and_(~run.c.finished, sa.or_(run.c.id.in_(asked), last_told > now - SILENCE))
+
+
+def choose(conn, now: float, heard: dict[str, float], labeller: str, run_id: str | None):
     """What to show next, and as what: a repetition or second opinion that is due, else the newest open query."""
-    live = query.c.run.in_(sa.select(run.c.id).where(~run.c.finished, run.c.id == run_id if run_id else sa.true()))
-    candidates = sa.select(query.c.id).where(live, ~is_held(now)).limit(1)
+    live = sa.select(run.c.id).where(is_live(now, heard), run.c.id == run_id if run_id else sa.true())
+    candidates = sa.select(query.c.id).where(query.c.run.in_(live), ~is_held(now)).limit(1)
     mine = sa.exists().where(serving.c.query == query.c.id, serving.c.labeller == labeller).correlate(query)
     answered = mine.where(serving.c.answer.is_not(None))
     since = sa.select(sa.func.count()).where(answered_later()).scalar_subquery().correlate(event)
@@ -433,8 +445,8 @@ def choose(conn, now: float, labeller: str, run_id: str | None):
     return None, None
 
 
-def claim(conn, now: float, labeller: str, run_id: str | None, is_admin: bool) -> dict | None:
-    kind, chosen = choose(conn, now, labeller, run_id)
+def claim(conn, now: float, heard: dict[str, float], labeller: str, run_id: str | None, is_admin: bool) -> dict | None:
+    kind, chosen = choose(conn, now, heard, labeller, run_id)
     if not chosen:
         return None
     of_mine = sa.and_(serving.c.query == chosen, serving.c.labeller == labeller)
@@ -571,9 +583,10 @@ def count_labels(conn, run_id: str) -> int:
     return conn.scalar(training.where(query.c.run == run_id, event.c.answer != "cant-tell"))
 
 
-def progress(conn, now: float, labeller: str) -> dict:
+def progress(conn, now: float, heard: dict[str, float], labeller: str) -> dict:
     runs = []
-    for row in conn.execute(sa.select(run).order_by(run.c.time)).all():
+    wanted = sa.select(run).where(sa.or_(run.c.finished, is_live(now, heard)))
+    for row in conn.execute(wanted.order_by(run.c.time)).all():
         told = latest_status(conn, row.id)
         entry = {"run": row.id, "task": row.env_id, "labels": row.labels, "labels_used": count_labels(conn, row.id)}
         entry |= {"labels_due": told.get("labels_due", 0), "open": count_open(conn, row.id)}
@@ -856,6 +869,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
     if hosts and args.public_url:
         hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url))
+    heard = {}  # by run: when its trainer last asked for something
     news = {"queries": threading.Condition(), "answers": threading.Condition()}
     waiting = threading.Semaphore(WAITING_REQUESTS)
 
@@ -930,12 +944,15 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     @app.put("/api/runs/{run_id}", dependencies=[needs("trainer")])
     def put_run_(run_id: Annotated[Id, UrlPath()], body: RunBody):
         with store.begin() as conn:
-            return put_run(conn, store.clock(), run_id, body.model_dump())
+            reply = put_run(conn, store.clock(), run_id, body.model_dump())
+        heard[run_id] = store.clock()
+        return reply
 
     @app.put("/api/queries/{query_id}", dependencies=[needs("trainer")])
     def put_query_(query_id: Annotated[Id, UrlPath()], body: QueryBody):
         with store.begin() as conn:
             reply = put_query(conn, store.clock(), query_id, body, args)
+        heard[body.run] = store.clock()
         ring("queries")
         return reply
 
@@ -944,6 +961,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
         def attempt():
             with store.begin() as conn:
                 replies.append(read_events(conn, store.clock(), run_id, after))
+            heard[run_id] = store.clock()
             return replies[-1]["events"]
 
         replies = []
@@ -963,7 +981,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     def claim_(request: Request, body: ClaimBody):
         def attempt():
             with store.begin() as conn:
-                return claim(conn, store.clock(), body.labeller, body.run, request.state.role == "admin")
+                return claim(conn, store.clock(), heard, body.labeller, body.run, request.state.role == "admin")
 
         return {"pair": poll(attempt, "queries", body.wait)}
 
@@ -1001,7 +1019,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     @app.get("/api/progress", dependencies=[needs("labeller")])
     def progress_(labeller: Annotated[Name, Query()]):
         with store.begin(write=False) as conn:
-            return progress(conn, store.clock(), labeller)
+            return progress(conn, store.clock(), heard, labeller)
 
     # Admin
     @app.get("/api/stats", dependencies=[needs("admin")])

@@ -240,6 +240,47 @@ def test_claims_by_run_and_of_finished_runs(world):
     assert world.claim()["query"] == second
 
 
+def test_a_run_whose_trainer_is_gone_is_served_no_longer_until_it_is_back(make_world):
+    """Killed and never resumed, a run stays unfinished for ever."""
+    world = make_world()
+    gone, waiting, told = world.run(), world.run(), world.run(labels=7)
+    queries = {world.query(run): run for run in (told, waiting, gone)}
+    world.now += label_server.SILENCE - 600
+    world.events(waiting)
+    world.status(told)
+
+    def offered():
+        world.now += label_server.LEASE + 1
+        pairs = [world.claim() for _ in range(3)]
+        return {queries[pair["query"]] for pair in pairs if pair}
+
+    def listed():
+        return {entry["run"] for entry in world.call("GET", "/api/progress?labeller=Ann")["runs"]}
+
+    assert listed() == offered() == {gone, waiting, told}
+    world.now += 1200
+    assert listed() == offered() == {waiting, told}
+    world.close()
+    world.open()  # now only what is stored is known
+    assert listed() == offered() == {told}
+    world.events(waiting)
+    assert listed() == {waiting, told}
+    for revive in (
+        lambda: world.events(gone),
+        lambda: world.query(gone),
+        lambda: world.status(gone),
+        lambda: world.call("PUT", f"/api/runs/{gone}", RUN, "trainer"),
+    ):
+        assert gone not in listed()
+        revive()
+        assert gone in listed()
+        world.now += label_server.SILENCE + 1
+    world.status(gone, finished=True)
+    world.now += label_server.SILENCE + 1
+    assert listed() == {gone}  # the page thanks
+    assert not offered()
+
+
 def test_a_lease_ends_by_itself_and_a_late_answer_trains_if_nobody_else_answered(world):
     run = world.run()
     query = world.query(run)
@@ -533,7 +574,7 @@ def test_binomial_interval_and_kappa():
 
 def test_progress(world):
     noon = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
-    world.now = noon - 86400
+    world.now = noon - 50_000
     run = world.run(labels=7)
     queries = [world.query(run) for _ in range(5)]
     world.answer(world.claim(), "left")  # yesterday's

@@ -1058,12 +1058,13 @@ progress::-webkit-progress-bar { background: var(--line); border-radius: 3px; }
 progress::-webkit-progress-value { background: var(--accent); border-radius: 3px; }
 progress::-moz-progress-bar { background: var(--accent); border-radius: 3px; }
 [hidden] { display: none !important; }
-.label { height: 100dvh; padding: 14px 20px; display: grid; grid-template-rows: auto 1fr auto auto; gap: 12px;
-  overflow: hidden; user-select: none; -webkit-user-select: none; }
+.label { height: 100dvh; padding: 14px 20px; display: grid; grid-template: auto 1fr auto auto / minmax(0, 1fr);
+  gap: 12px; overflow: hidden; user-select: none; -webkit-user-select: none; }
 header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 18px; color: var(--soft); }
 #question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
 #budget { display: flex; align-items: center; gap: 10px; }
 header button { padding: 2px 10px; color: var(--soft); }
+:is(#own, #unsent):empty { display: none; }
 .label main { position: relative; display: grid; grid-template-columns: 1fr 1fr; gap: 20px; min-height: 0; }
 .clip { display: grid; grid-template-rows: 1fr auto; gap: 10px; padding: 14px 14px 10px; border-radius: 16px;
   min-width: 0; min-height: 0; outline: 3px solid transparent; color: var(--soft); }
@@ -1097,18 +1098,23 @@ dialog .keys { color: var(--soft); }
 dialog form { display: flex; gap: 10px; margin-top: 18px; }
 dialog form button { background: var(--accent); color: #0b1220; border-color: var(--accent); font-weight: 600; }
 dialog input { flex: 1; min-width: 0; background: var(--ground); }
-@media (orientation: portrait) {
-  .label { padding: 10px; gap: 8px; }
-  .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
+@media (orientation: portrait), (max-width: 759px) {
+  .label, footer { gap: 8px; }
+  .label { padding: 10px; }
   .clip { padding: 8px 8px 6px; gap: 4px; }
+  .choices button { min-width: 0; }
+  #said { min-width: 0; position: fixed; bottom: 62px; left: 0; right: 0; text-align: center; pointer-events: none; }
+}
+@media (orientation: portrait) {
+  .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
   header { gap: 2px 12px; font-size: .9em; }
   #question { width: 100%; }
   footer { grid-template-columns: auto 1fr; }
   .choices { grid-column: 1 / -1; grid-row: 1; }
-  .choices button { flex: 1; min-width: 0; padding: 14px 8px; }
-  #said { min-width: 0; position: fixed; bottom: 128px; left: 0; right: 0; text-align: center; pointer-events: none; }
+  .choices button { flex: 1; padding: 14px 8px; }
+  #said { bottom: 128px; }
 }
-@media (pointer: coarse) { kbd { display: none; } }
+@media (pointer: coarse), (max-width: 999px) { kbd { display: none; } }
 .stats { max-width: 1100px; margin: 0 auto; padding: 24px; }
 .stats h2 { margin: 34px 0 8px; font-size: 1.1em; }
 .stats p { color: var(--soft); }

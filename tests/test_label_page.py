@@ -503,6 +503,21 @@ def test_a_phone_labels_by_touch_without_scrolling(world, visit):
     assert [event["serving"] for event in journal] == [*servings, servings[-1], servings[-1]]
 
 
+@pytest.mark.parametrize("width, height", [(1280, 800), (1000, 700), (800, 600), (683, 320), (568, 320)])
+def test_a_small_window_cuts_nothing_off(world, visit, width, height):
+    put(world, 1)
+    one = visit(viewport={"width": width, "height": height})
+    one.wait()
+    shown = one.page.locator("canvas, button:not(#skip, dialog *)")
+    assert shown.count() == 13
+    for box in [part.bounding_box() for part in shown.all()]:
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+        assert 0 <= box["y"] <= box["y"] + box["height"] <= height
+    left, right = (one.page.locator(f"#{side} canvas").bounding_box() for side in ("left", "right"))
+    assert left["width"] == pytest.approx(right["width"], abs=1)
+    assert min(left["width"], left["height"]) > 0.3 * height
+
+
 def test_a_link_from_another_site_works_and_so_does_loading_again(world, visit):
     """A web mail is another site: a cookie for this site only must be set, and be found again."""
     put(world, 3)

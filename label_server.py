@@ -864,6 +864,7 @@ def read_tokens(path: Path, url: str) -> dict[str, str]:
 
 def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
     instructions = {"rules": GENERAL, "tasks": read_instructions(args.instructions)}
+    edition = hashlib.sha256(json.dumps(instructions).encode()).hexdigest()[:16]  # tells an open page of a new text
     digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ("trainer", "labeller", "admin")}
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
@@ -983,7 +984,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
             with store.begin() as conn:
                 return claim(conn, store.clock(), heard, body.labeller, body.run, request.state.role == "admin")
 
-        return {"pair": poll(attempt, "queries", body.wait)}
+        return {"pair": poll(attempt, "queries", body.wait), "edition": edition}
 
     @app.get("/api/sprites/{sprite_id}", dependencies=[needs("labeller")])
     def read_sprite_(sprite_id: Annotated[Id, UrlPath()]):
@@ -995,7 +996,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
 
     @app.get("/api/instructions", dependencies=[needs("labeller")])
     def read_instructions_():
-        return instructions
+        return instructions | {"edition": edition}
 
     @app.post("/api/servings/{serving_id}/extend", dependencies=[needs("labeller")], status_code=204)
     def extend_(serving_id: Annotated[Id, UrlPath()]):
@@ -1243,10 +1244,18 @@ function present() {
 }
 
 // Words -------------------------------------------------------------------------------------------------------------
+const task = () => texts.tasks[held[0]?.instructions] || texts.tasks.general || "";
+
+async function readTexts() {
+  const reply = await fetch("/api/instructions").catch(() => null);
+  if (reply?.ok) texts = await reply.json();
+  explain();
+  return reply;
+}
+
 function paint() {
-  const task = texts.tasks[shown?.instructions] || texts.tasks.general || "";
   $("question").textContent = lessons.length ? `Practice, ${4 - lessons.length} of 3: ${lessons[0].question}`
-    : shown ? task.split("\n")[0] : "";
+    : shown ? task().split("\n")[0] : "";
   $("who").textContent = labeller;
   $("speed").lastChild.textContent = `${speed}×`;
   const waiting = Object.keys(localStorage).filter((key) => key.startsWith("out:")).length;
@@ -1293,13 +1302,14 @@ function show(title, paragraphs, name) {
   });
 }
 
-function explain() {  // once for each task
-  if (shown && !lessons.length && !$("dialog").open && !localStorage.getItem(`read:${shown.instructions}`)) help();
+function explain() {  // once for each task, and again when its text is another
+  if (!shown || lessons.length || $("dialog").open) return;
+  if (localStorage.getItem(`read:${shown.instructions}`) !== task() + texts.rules) help();
 }
 
 function help() {
-  const [question, ...lines] = (texts.tasks[held[0]?.instructions] || texts.tasks.general || "").trim().split("\n");
-  if (held[0]) localStorage.setItem(`read:${held[0].instructions}`, "yes");
+  const [question, ...lines] = task().trim().split("\n");
+  if (held[0]) localStorage.setItem(`read:${held[0].instructions}`, task() + texts.rules);
   const keys = "Keys: ← → (or A D) better · ↑ equally good · ↓ can't tell · U undo · space pause · , . step · S speed";
   return show(question, [...lines, ...texts.rules.split("\n"), matchMedia("(pointer: coarse)").matches
     ? "Tap the clip that is better." : keys]);
@@ -1354,7 +1364,8 @@ async function fill() {
       const reply = await post("/api/claim", {labeller, wait: held.length ? 0 : 25});
       if (await refuses(reply, 401, 403)) return stranger();
       if (!reply.ok) throw new Error(reply.status);
-      const {pair} = await reply.json();
+      const {pair, edition} = await reply.json();
+      if (edition !== texts.edition) await readTexts();
       [offline, patience] = [false, 1000];
       if (pair) await take({...pair, labeller: asked});
       else if (held.length) break;
@@ -1587,11 +1598,9 @@ addEventListener("pagehide", () => {  // they stay in the outbox, and are sent a
 async function start() {
   requestAnimationFrame(tick);
   for (;;) {
-    const reply = await fetch("/api/instructions").catch(() => null);
-    if (reply?.ok) {
-      [texts, offline] = [await reply.json(), false];
-      break;
-    }
+    const reply = await readTexts();
+    offline = false;
+    if (reply?.ok) break;
     if (reply && await refuses(reply, 401, 403)) return stranger();
     offline = true;
     paint();

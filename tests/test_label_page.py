@@ -21,7 +21,7 @@ CLIP = {"frames": FRAMES, "width": SIZE, "height": SIZE, "columns": 5, "fps": 20
 RUN = {"name": "first", "env_id": "Hopper-v5", "script": "ppo", "labels": 100, "max_open": 1000, "clip": CLIP}
 LINK = f"/?token={TOKENS['labeller']}"
 # What a person has behind them after the first visit
-KNOWN = """for (const [key, value] of [["labeller", NAME], ["practised", "yes"], ["read:Hopper-v5", "yes"]])
+KNOWN = """for (const [key, value] of [["labeller", NAME], ["practised", "yes"], ["read:Hopper-v5", READ]])
     if (!localStorage.getItem(key)) localStorage.setItem(key, value);"""
 # What is on the two canvases: the red channel tells the frame, the green one the clip
 SEEN = """() => ["left", "right"].map((side) => {
@@ -60,7 +60,8 @@ class Visit:
         self.context = browser.new_context(**({"viewport": {"width": 1000, "height": 700}} | options))
         self.context.set_default_timeout(8000)
         if name:
-            self.context.add_init_script(KNOWN.replace("NAME", json.dumps(name)))
+            read = label_server.INSTRUCTIONS["Hopper-v5"] + label_server.GENERAL
+            self.context.add_init_script(KNOWN.replace("NAME", json.dumps(name)).replace("READ", json.dumps(read)))
         self.page = self.context.new_page()
         self.problems = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -601,6 +602,40 @@ def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, t
         assert [event["serving"] for event in journal[:5]] == servings
         assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "retract", "answer", "answer"]
         assert [said(journal[i]) for i in (0, 1, 2, 4, 5)] == ["left", "equal", "equal", "right", "left"]
+    finally:
+        if one:
+            one.context.close()
+        server.kill()
+
+
+def test_new_instructions_are_shown_to_who_has_read_the_old_ones(browser, tmp_path):
+    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
+    one, run = None, new_id()
+
+    def put_one():
+        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
+        server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
+
+    try:
+        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
+        put_one()
+        one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+        one.wait("waiting")
+        assert not one.page.is_visible("dialog")
+        server.kill()
+        (tmp_path / "told.txt").write_text("Which backflip is rounder?\nLook at the knees.\n")
+        server.command += ["--instructions", "told.txt"]
+        server.start()
+        put_one()
+        one.page.wait_for_selector("dialog[open]")
+        assert "Which backflip is rounder?\n\nLook at the knees." in one.page.inner_text("dialog")
+        one.page.keyboard.press("Enter")
+        assert one.page.inner_text("#question") == "Which backflip is rounder?"
+        one.page.reload()
+        one.wait()
+        one.page.wait_for_timeout(300)
+        assert not one.page.is_visible("dialog")
     finally:
         if one:
             one.context.close()

@@ -821,8 +821,9 @@ class Guard:
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             return 400, "this server does not go by that name; see --public-url"
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        by_cookie = not scheme and self.cookie in request.cookies
-        token = request.cookies[self.cookie] if by_cookie else token if scheme.lower() == "bearer" else ""
+        by_bearer = scheme.lower() == "bearer"  # any other scheme is meant for a proxy before this server
+        by_cookie = not by_bearer and self.cookie in request.cookies
+        token = request.cookies[self.cookie] if by_cookie else token if by_bearer else ""
         request.state.role = self.role_of(token)
         if request.url.path in ("/", "/stats", "/openapi.json"):  # the pages look at the token of their link
             return None

@@ -739,6 +739,9 @@ def test_another_site_can_not_act_with_the_cookie(lone):
         assert lone.client.post("/api/claim", json=body, headers=headers).status_code == status, headers
     headers = {"sec-fetch-site": "same-origin", "content-type": "text/plain"}
     assert lone.client.post("/api/claim", content=json.dumps(body), headers=headers).status_code == 422
+    basic = {"authorization": "Basic eDp5"}  # of a proxy: the browser adds it to every request
+    assert lone.client.post("/api/claim", json=body, headers=basic | {"origin": own}).status_code == 200
+    assert lone.client.post("/api/claim", json=body, headers=basic | {"origin": other}).status_code == 403
     bearer = {"authorization": f"Bearer {TOKENS['labeller']}", "sec-fetch-site": "cross-site"}
     assert lone.client.post("/api/claim", json=body, headers=bearer).status_code == 200
 

@@ -816,7 +816,7 @@ class Guard:
         await answer(scope, receive_some, send_with_headers)
 
     def refuse(self, request: Request) -> tuple[int, str] | None:
-        host = request.headers.get("host", "")
+        host = request.headers.get("host", "").lower()
         # A page whose name was rebound to 127.0.0.1 reaches a local server, but under its own name
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             return 400, "this server does not go by that name; see --public-url"
@@ -870,7 +870,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
     if hosts and args.public_url:
-        hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url))
+        hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url).lower())  # as browsers send it
     heard = {}  # by run: when its trainer last asked for something
     news = {"queries": threading.Condition(), "answers": threading.Condition()}
     waiting = threading.Semaphore(WAITING_REQUESTS)

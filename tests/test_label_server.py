@@ -753,6 +753,10 @@ def test_on_loopback_only_local_names_are_answered(lone):
         assert lone.client.get("/", headers={"host": host}).status_code == 400, host
     with contextlib.closing(World("sqlite://", host="0.0.0.0")) as world:
         assert world.client.get("/", headers={"host": "labels.example.org"}).status_code == 401
+    with contextlib.closing(World("sqlite://", public_url="https://Labels.Example.org:8443/")) as world:
+        for host in ("labels.example.org:8443", "Labels.Example.org", "LOCALHOST"):
+            assert world.client.get("/", headers={"host": host}).status_code == 401
+        assert world.client.get("/", headers={"host": "example.org"}).status_code == 400
 
 
 def test_headers(lone):

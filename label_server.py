@@ -1744,8 +1744,9 @@ def main(argv: list[str] | None = None):
     if store.is_sqlite:
         shown += f" (SQLite {sqlite3.sqlite_version}, one connection, synchronous=FULL)"
     print(f"label here:       {url}/?token={tokens['labeller']}")
-    # A trainer on this machine finds its token in the file; one elsewhere needs it in the line
-    server_url = url if is_local(args.host) and not args.public_url else f"'{url}/?token={tokens['trainer']}'"
+    # A trainer in this directory finds its token in the file; one elsewhere needs it in the line
+    is_here = is_local(args.host) and not args.public_url and folder.resolve() == Path.cwd()
+    server_url = url if is_here else f"'{url}/?token={tokens['trainer']}'"
     print(f"start a trainer:  python ppo_mujoco_rlhf.py --human --labels 700 --label-server {server_url}")
     print(f"watch the labels: {url}/stats?token={tokens['admin']}")
     print(f"kept in:          {shown}", flush=True)

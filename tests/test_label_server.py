@@ -1062,6 +1062,20 @@ def test_a_trainer_elsewhere_is_given_its_token(tmp_path):
     assert server.tokens["url"] == "https://labels.example.org"
 
 
+def test_a_trainer_started_here_finds_its_token(capsys, tmp_path, monkeypatch):
+    """The line that is printed holds the token, unless a trainer that is started in this directory reads the file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(label_server.uvicorn.Server, "run", lambda *_, **__: None)
+    (tmp_path / "data").mkdir()
+    for url in ("sqlite:///here.sqlite", f"sqlite:///{tmp_path}/absolute.sqlite", "sqlite:///data/there.sqlite"):
+        label_server.main(["--port", "0", "--database-url", url])
+        line = capsys.readouterr().out.splitlines()[1]
+        folder = tmp_path / "data" if "there" in url else tmp_path
+        token = json.loads((folder / "label_server.tokens").read_text())["trainer"]
+        assert line.endswith(f"/?token={token}'") == ("there" in url)
+        assert (token in line) == ("there" in url)
+
+
 def test_importing_has_no_side_effect(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(Path(label_server.__file__).parent)!r}); import label_server"
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)

@@ -1169,6 +1169,7 @@ const GUARD = 250;  // milliseconds in which a new pair takes no answer: that pr
 const AHEAD = 2;  // pairs that are fetched and decoded beforehand
 const UNDOS = 5;
 const HEARTBEAT = 30_000, IDLE = 300_000;  // who has not touched anything for so long lets the leases run out
+const TIMEOUT = 40_000;  // milliseconds after which a request is given up; a claim may wait for 25 s
 const KEYS = {ArrowLeft: "left", a: "left", ArrowRight: "right", d: "right", ArrowUp: "equal", "=": "equal",
   ArrowDown: "cant-tell", u: "undo", " ": "pause", ",": "back", ".": "forth", s: "speed", "?": "help"};
 const $ = (id) => document.getElementById(id);
@@ -1248,7 +1249,7 @@ function present() {
 const task = () => texts.tasks[held[0]?.instructions] || texts.tasks.general || "";
 
 async function readTexts() {
-  const reply = await fetch("/api/instructions").catch(() => null);
+  const reply = await ask("/api/instructions").catch(() => null);
   if (reply?.ok) texts = await reply.json();
   explain();
   return reply;
@@ -1329,7 +1330,8 @@ async function askName() {
 }
 
 // Pairs -------------------------------------------------------------------------------------------------------------
-const post = (url, body, more) => fetch(url, {method: "POST", headers: {"content-type": "application/json"},
+const ask = (url, more) => fetch(url, {signal: AbortSignal.timeout(TIMEOUT), ...more});
+const post = (url, body, more) => ask(url, {method: "POST", headers: {"content-type": "application/json"},
   body: JSON.stringify(body), ...more});
 
 // A proxy whose server is away has a 4xx of its own; this server's are told by their detail
@@ -1338,7 +1340,7 @@ async function refuses(reply, ...codes) {
 }
 
 async function load(url) {
-  const reply = await fetch(url);
+  const reply = await ask(url);
   if (!reply.ok) throw new Error(reply.status);
   return createImageBitmap(await reply.blob());
 }
@@ -1398,7 +1400,7 @@ async function beat() {
 
 async function comeBack() {  // others may have been given the pairs by now: this press answers none of them
   [touchedAt, shownAt] = [performance.now(), Infinity];
-  await beat();
+  await Promise.race([beat(), sleep(3000)]);
   shownAt = performance.now();
 }
 
@@ -1492,7 +1494,7 @@ function report() {  // every three seconds at most
 
 async function askProgress() {
   reportedAt = performance.now();
-  const reply = labeller && await fetch(`/api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
+  const reply = labeller && await ask(`/api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
   if (reply && reply.ok) standing = await reply.json();
   paint();
 }

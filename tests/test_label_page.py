@@ -320,6 +320,22 @@ def test_an_answer_that_the_server_could_not_take_is_sent_again(world, visit):
     one.problems[:] = [line for line in one.problems if "503" not in line]
 
 
+def test_a_connection_that_hangs_is_given_up(world, visit):
+    put(world, 5)
+    one = visit()
+    one.wait()
+    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.evaluate("const inFact = AbortSignal.timeout; AbortSignal.timeout = () => inFact.call(AbortSignal, 1000)")
+    hung = []
+    for path in ("answers", "claim", "progress*"):
+        one.page.route(f"**/api/{path}", lambda route: hung.append(route), times=1)
+    for _ in range(5):
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert len(hung) == 3
+    assert len(world.journal()) == 5
+
+
 def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
     put(world, 6)
     one, away = visit(), True

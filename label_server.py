@@ -15,6 +15,7 @@ People, trainers and this server may be on three machines, and many people and r
 an id made by the page, so that sending one twice stores it once. All speak JSON over HTTP; /openapi.json lists it.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -45,6 +46,7 @@ import tyro
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as UrlPath
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field, StringConstraints
@@ -980,12 +982,24 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
 
     # Labeller
     @app.post("/api/claim", dependencies=[needs("labeller")])
-    def claim_(request: Request, body: ClaimBody):
+    async def claim_(request: Request, body: ClaimBody):
         def attempt():
+            if gone.is_set():
+                return None
             with store.begin() as conn:
                 return claim(conn, store.clock(), heard, body.labeller, body.run, request.state.role == "admin")
 
-        return {"pair": poll(attempt, "queries", body.wait), "edition": edition}
+        async def watch():  # a page that was closed while it waits would keep the next pair from everybody
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        gone, watcher = threading.Event(), asyncio.create_task(watch())
+        try:
+            pair = await run_in_threadpool(poll, attempt, "queries", body.wait)
+        finally:
+            watcher.cancel()
+        return {"pair": pair, "edition": edition}
 
     @app.get("/api/sprites/{sprite_id}", dependencies=[needs("labeller")])
     def read_sprite_(sprite_id: Annotated[Id, UrlPath()]):

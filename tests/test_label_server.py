@@ -495,6 +495,20 @@ def test_long_polls_end_when_there_is_news(database_url):
     world.close()
 
 
+def test_a_page_that_was_closed_while_it_waited_takes_no_pair(database_url):
+    with contextlib.closing(World(database_url)) as world, listening(world) as url:
+        run = world.run()
+        page = http.client.HTTPConnection(url.removeprefix("http://"))
+        headers = {"authorization": f"Bearer {TOKENS['labeller']}", "content-type": "application/json"}
+        page.request("POST", "/api/claim", json.dumps({"labeller": "Ann", "wait": 15}), headers)
+        time.sleep(0.5)
+        page.close()
+        time.sleep(0.5)
+        query = world.query(run)
+        time.sleep(1.5)  # whoever still waits looks once a second
+        assert world.claim("Bob")["query"] == query
+
+
 # Repeats and overlap --------------------------------------------------------------------------------------------------
 def test_repeats_come_twenty_answers_later_with_sides_swapped_and_do_not_train(make_world):
     world = make_world(repeat=1.0)

@@ -46,6 +46,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections import deque
@@ -800,7 +801,8 @@ class Preferences:
             for name, (shape, dtype) in label_shapes(clips).items()
         }
         self.weights = torch.empty(capacity, members, device=device)
-        self.known: set[frozenset] = set()  # pairs of segments that wait for people or are labels
+        self.known: dict[frozenset, int] = {}  # pairs of segments asked about -> their label, -1: not answered yet
+        self.mu: list[float] = []  # of all labels ever given, NaN: taken back
 
     def __len__(self):
         return min(self.count, self.capacity)
@@ -815,7 +817,8 @@ class Preferences:
         for name, array in self.arrays.items():
             array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
         self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
-        self.remember(answers["segments"])
+        self.remember(answers["segments"], self.count)
+        self.mu += answers["mu"].tolist()
         self.count += n
         for i in np.flatnonzero(np.isnan(answers["mu"])):
             self.retract(self.count - n + int(i))
@@ -824,24 +827,26 @@ class Preferences:
         """Take a label back: an empty file says so for ever, and nothing is trained or judged on it any more: a tie,
         which is not decisive, of weight 0."""
         (self.folder / f"{label:08d}.retracted").touch()
+        self.mu[label] = math.nan
         if label >= self.count - self.capacity:
             self.arrays["mu"][label % self.capacity] = 0.5
             self.weights[label % self.capacity] = 0
 
-    def restore(self, count: int):
-        """Read the first `count` labels back from the disk, then remove later ones: they were written after the
-        checkpoint that is gone on from, and the same answers will come again."""
-        for answers in read_shards(self.folder, self.clips, count):
+    def restore(self, count: int, by_people: bool = False):
+        """Read the `count` labels of the checkpoint that is gone on from back from the disk. What was written later is
+        removed, since the oracle's same answers will come again, but people's: those are labels as well."""
+        for answers in read_shards(self.folder, self.clips, math.inf if by_people else count):
             self.add(answers, save=False)
-        if self.count != count:
+        if self.count < count:
             fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
         for path in self.folder.iterdir():
-            if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= count):
+            if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= self.count):
                 path.unlink()
 
-    def remember(self, pairs: np.ndarray):
-        """These pairs of segments, (n, 2, 2), were asked about."""
-        self.known |= {frozenset(map(tuple, pair)) for pair in pairs.tolist()}
+    def remember(self, pairs: np.ndarray, label: int | None = None):
+        """These pairs of segments, (n, 2, 2), were asked about; labels from `label` on, if they are answered."""
+        for i, pair in enumerate(pairs.tolist()):
+            self.known[frozenset(map(tuple, pair))] = -1 if label is None else label + i
 
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, was asked about already."""
@@ -1045,7 +1050,9 @@ def labels_scheduled(progress, args: Args) -> int:
     if progress.paid_from < 0:
         return args.initial_labels
     steps, total = (x - progress.paid_from for x in (progress.global_step, args.num_iterations * args.batch_size))
-    return label_schedule(steps, total, args.initial_labels, args.labels)
+    if args.human:
+        total *= 0.95  # people need some time for the last ones
+    return label_schedule(min(steps, total), total, args.initial_labels, args.labels)
 
 
 def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int, int]:
@@ -1061,7 +1068,8 @@ def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int
         enough = min(QUERY_BATCH, args.query_limit, missing)
     else:
         wanted = labels_scheduled(progress, args) - progress.labels_used - progress.open
-        enough = 1 if last else min(QUERY_BATCH, args.query_limit)
+        left, tenth = args.labels - progress.labels_used - progress.open, (args.labels - args.initial_labels) // 10
+        enough = 1 if last else max(1, min(QUERY_BATCH, args.query_limit, left, tenth))
     room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
     due = min(wanted, room)
     return (due if due >= enough else 0), first
@@ -1375,6 +1383,13 @@ def sprite_sheet(frames: np.ndarray) -> bytes:
     return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])[1].tobytes()
 
 
+def count_answers(preferences: Preferences, progress) -> None:
+    """How many of people's answers stand."""
+    own = np.array(preferences.mu[progress.labels_loaded :])
+    progress.labels_used, progress.ties = int(np.isfinite(own).sum()), int((own == 0.5).sum())
+    progress.skipped = list(progress.answered.values()).count(-1)
+
+
 class LabelServer:
     """The run's side of label_server.py: posts pairs of clips, and reads what people answer.
 
@@ -1387,6 +1402,8 @@ class LabelServer:
         self.run_id = progress.run_id = progress.run_id or uuid.uuid4().hex
         self.url, self.run, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
         self.away_until, self.patience, self.polled_at = 0.0, 1, 0.0
+        local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)  # http_proxy can't see it
         tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
         try:
             self.token = os.environ.get("LABEL_SERVER_TOKEN") or json.loads(tokens.read_text())["trainer"]
@@ -1399,21 +1416,20 @@ class LabelServer:
             "clip": SHEET | {"frames": frames, "fps": fps},
         })  # fmt: skip
         self.known = set(reply["known"])
-        if not self.known:
-            progress.last_event = 0  # another server, or another database: it numbers its events anew
+        progress.last_event = 0  # another server or database numbers its events anew, so be told all of them again
 
     def request(self, method: str, path: str, body: dict | None = None, wait: float = 0) -> dict | None:
         """The reply; None while the server is away or refuses. It is left alone then for a while, up to half a minute.
 
         Only the sign-in ends the run: a proxy whose server starts anew has a 4xx for what is welcome a minute later.
         """
-        if time.time() < self.away_until:
+        if time.monotonic() < self.away_until:
             return None
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(self.url + path, data, headers, method=method)
-            with urllib.request.urlopen(request, timeout=wait + 20) as reply:
+            with self.opener.open(request, timeout=wait + 20) as reply:
                 content = reply.read()
             self.patience = 1
             return json.loads(content) if content else {}
@@ -1423,7 +1439,7 @@ class LabelServer:
             reason = getattr(error, "reason", error)
         if path == self.run:
             fail(f"no label server at {self.url} that takes this run ({reason}); python label_server.py starts one")
-        self.away_until, self.patience = time.time() + self.patience, min(2 * self.patience, 30)
+        self.away_until, self.patience = time.monotonic() + self.patience, min(2 * self.patience, 30)
         tqdm.write(f"the label server does not take {method} {path} ({reason}): trying again")
 
     def ask(self, folder: Path, **pair):
@@ -1446,32 +1462,38 @@ class LabelServer:
             progress.open = reply["open"] + len(self.unsent)
 
     def receive(self, folder: Path, preferences: Preferences, progress, wait: float = 0) -> None:
-        """Store what people have answered since the last time, or taken back; wait so many seconds for it."""
-        if not wait and time.time() < self.polled_at + 1:
+        """Store what people have answered since the last time, or taken back; wait so many seconds for it.
+
+        What is told again, or in vain, changes nothing: only its last event says how a pair stands.
+        """
+        if not wait and time.monotonic() < self.polled_at + 1:
             return  # A2C's rollouts take less time than a question
-        self.polled_at = time.time()
+        self.polled_at = time.monotonic()
         reply = self.request("GET", f"{self.run}/events?after={progress.last_event}&wait={wait}", wait=wait)
         if reply is None:
             time.sleep(min(wait, 1))
             return
-        for event in reply["events"]:
-            query, mu = event["query"], {"first": 1.0, "second": 0.0, "equal": 0.5}.get(event["answer"])
-            sign = 1 if event["kind"] == "answer" else -1
-            if sign < 0:
-                label = progress.answered.pop(query)
-                if mu is not None:
+        for query, event in {event["query"]: event for event in reply["events"]}.items():
+            label = progress.answered.get(query)
+            before = None if label is None else preferences.mu[label] if label >= 0 else -1  # -1: can't tell
+            mu = None  # taken back
+            if event["kind"] == "answer":
+                mu = {"first": 1.0, "second": 0.0, "equal": 0.5, "cant-tell": -1}[event["answer"]]
+            if mu == before:
+                continue
+            if label is not None:
+                del progress.answered[query]
+                if label >= 0:
                     preferences.retract(label)
-            elif mu is None:
+            if mu == -1:
                 progress.answered[query] = -1
-            else:
+            elif mu is not None:
                 progress.answered[query] = preferences.count
                 with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
                     arrays = {name: pair[name][None] for name in label_shapes(preferences.clips) if name != "mu"}
                 preferences.add(arrays | {"mu": np.array([mu], np.float32)})
-            progress.labels_used += sign * (mu is not None)
-            progress.skipped += sign * (mu is None)
-            progress.ties += sign * (mu == 0.5)
-            progress.last_event = event["seq"]
+        count_answers(preferences, progress)
+        progress.last_event = max([progress.last_event, *(event["seq"] for event in reply["events"])])
         progress.open = reply["open"] + len(self.unsent)
         if reply["events"]:
             self.polled_at = 0.0  # there may be more
@@ -1574,16 +1596,23 @@ def train(args: Args) -> dict:
         if device.type == torch.device(checkpoint["hardware"][0]).type:
             generator.set_state(checkpoint["generator"])
         if learns_reward:
-            preferences.restore(checkpoint["labels_on_disk"])
+            preferences.restore(checkpoint["labels_on_disk"], args.human)
         if args.asks_people:
             progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
             asked = sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+            progress.answered = {query: -1 for query, label in progress.answered.items() if label == -1}
             for path in asked:
                 with np.load(path, allow_pickle=False) as pair:
-                    preferences.remember(pair["segments"][None])
+                    segments = pair["segments"]
+                label = preferences.known.get(frozenset(map(tuple, segments.tolist())), -1)
+                if label >= 0 and math.isfinite(preferences.mu[label]):
+                    progress.answered[path.stem] = label
+                else:
+                    preferences.remember(segments[None])
                 if path.stem not in server.known and path.stem not in progress.answered:
                     server.unsent.append(path.stem)
-            progress.asked = len(asked)  # some were asked after the checkpoint
+            progress.asked = len(asked)  # some were asked and answered after the checkpoint
+            count_answers(preferences, progress)
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
         if progress.iteration % args.reset_every:  # else the next rollout begins with a reset
@@ -1662,7 +1691,8 @@ def train(args: Args) -> dict:
         # What few labels taught is often wrong, and a policy that follows it far shows nothing else to ask about
         known, budget = (progress.labels_loaded + labels for labels in (progress.labels_used, args.labels))
         target_kl = args.target_kl and args.target_kl * (known / budget if args.labels else 1.0)
-        now = replace(args, ent_coef=ent_coef, target_kl=target_kl)
+        # A tensor, since --compile would compile anew for each number
+        now = replace(args, ent_coef=torch.tensor(ent_coef, device=device), target_kl=target_kl)
         progress.iteration += 1
         progress.global_step += args.batch_size
         finished_episodes, final_obs = [], []
@@ -1722,9 +1752,11 @@ def train(args: Args) -> dict:
         last = progress.iteration == args.num_iterations
         for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
             due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
-            enough = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.time() < asked_at + 60
+            enough = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.monotonic() < asked_at + 60
             if args.asks_people and (last or enough):
                 due = 0  # nobody would answer in time; or there is enough to do, and what is newer may wait a minute
+            if args.asks_people and progress.paid_from >= 0:
+                due = min(due, QUERY_BATCH)  # however far they are behind: more would not be looked at
             disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
             judge = ensemble if disputed else None
             pairs = select_pairs(judge, pool, preferences, due, first, rngs["query"], args) if due else []
@@ -1740,7 +1772,7 @@ def train(args: Args) -> dict:
             progress.fresh_from = pool.count
             progress.asked += len(pairs)
             if args.asks_people:
-                oldest, asked_at = pool.count - len(shown), time.time()
+                oldest, asked_at = pool.count - len(shown), time.monotonic()
                 for i, pair in enumerate(pairs.tolist()):
                     sheets = {}
                     for side, (env, row) in enumerate(pair):

@@ -266,8 +266,8 @@ def test_labels_due_by_hand():
     assert due(67, 0, 268) == (0, 0)  # (67 - 4) * 4 / 16 = 15 pairs: not yet a batch
     assert due(68, 0, 272) == (16, 0)
     assert due(100, 16, 400, fresh_from=68) == (4, 68)  # the last four, from rows that are new
-    assert due(400, 22, 640) == (0, 400 - 150)  # 20 + 60 ln 2 / ln 11 = 37.3: 15 are due, a batch is 16
-    assert due(400, 21, 640) == (16, 250)
+    assert due(400, 32, 640) == (0, 400 - 150)  # 20 + 60 ln 2 / ln 11 = 37.3: 5 are due, a batch is (80 - 20) / 10
+    assert due(400, 31, 640) == (6, 250)
     assert due(1600, 75, 6400, last=True) == (5, 1450)  # the rest at the end
 
 

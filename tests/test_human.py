@@ -252,8 +252,10 @@ def test_answers_become_labels_of_their_own_pairs(tmp_path):
 def test_what_is_taken_back_is_no_label_any_more_and_may_be_answered_anew(tmp_path):
     server, progress, labels = Scripted(), mujoco.Progress(), make_preferences(tmp_path / "preferences")
     one, two = asked(server, tmp_path, 5.0), asked(server, tmp_path, 6.0)
-    events = [event(1, one, "first"), event(2, two, "cant-tell"), event(3, one, "first", "retract")]
-    server.unsent, server.replies = [], [{"events": events, "open": 1}]
+    server.unsent, server.replies = [], [{"events": [event(1, one, "first"), event(2, two, "cant-tell")], "open": 0}]
+    server.replies += [{"events": [event(3, one, "first", "retract")], "open": 1}]
+    server.receive(tmp_path, labels, progress)
+    assert (progress.labels_used, progress.skipped, progress.open) == (1, 1, 0)
     server.receive(tmp_path, labels, progress)
     assert (progress.labels_used, progress.skipped, progress.open) == (0, 1, 1)
     assert labels.arrays["mu"][0] == 0.5 and labels.weights[0].tolist() == [0, 0, 0]
@@ -287,6 +289,15 @@ def test_a_label_that_was_taken_back_moves_nothing(tmp_path):
     assert (losses * weights).sum() == 0
 
 
+def test_no_proxy_sees_what_goes_to_this_machine(server, monkeypatch):
+    """Clusters set http_proxy."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    args = mujoco.parse_args([*PENDULUM, "--label-server", server.url])
+    assert mujoco.LabelServer(args, mujoco.Progress(), 1, 10.0).known == set()
+
+
 def test_what_could_not_be_sent_is_sent_later_and_counts_as_open(tmp_path):
     server, progress = Scripted({"open": 7}, None), mujoco.Progress()
     _, two, three = (asked(server, tmp_path, value) for value in (1.0, 2.0, math.nan))
@@ -300,8 +311,8 @@ def test_what_could_not_be_sent_is_sent_later_and_counts_as_open(tmp_path):
     assert body == {"run": "a" * 32, "clips": ["b25l", "dHdv"], "sums": [None, 0.0]}
 
 
-def test_another_server_numbers_its_events_anew(server, tmp_path):
-    """A run that goes on with another server, or with an empty database, misses none of the new one's answers."""
+def test_every_answer_is_asked_for_again_at_the_sign_in(server, tmp_path):
+    """Another server, or an empty database, numbers its events anew."""
     args, progress = mujoco.parse_args([*PENDULUM, "--label-server", server.url + "/"]), mujoco.Progress(last_event=412)
     signed_in = mujoco.LabelServer(args, progress, 1, 10.0)
     assert args.label_server == server.url and signed_in.known == set() and progress.last_event == 0
@@ -310,7 +321,24 @@ def test_another_server_numbers_its_events_anew(server, tmp_path):
     signed_in.ask(tmp_path, **pair)
     signed_in.post(tmp_path, progress)
     progress.last_event = 3
-    assert len(mujoco.LabelServer(args, progress, 1, 10.0).known) == progress.open == 1 and progress.last_event == 3
+    assert len(mujoco.LabelServer(args, progress, 1, 10.0).known) == progress.open == 1 and progress.last_event == 0
+
+
+def test_what_is_told_again_changes_nothing(tmp_path):
+    """Of each pair the last event counts; a label that stands already is not added again."""
+    server, progress, labels = Scripted(), mujoco.Progress(), make_preferences(tmp_path / "preferences")
+    one, two, three = (asked(server, tmp_path, value) for value in (5.0, 6.0, 7.0))
+    events = [event(1, one, "first"), event(2, two, "cant-tell"), event(3, three, "equal")]
+    events += [event(4, three, "equal", "retract"), event(5, three, "second")]
+    server.unsent, server.replies = [], [{"events": events, "open": 0}]
+    server.receive(tmp_path, labels, progress)
+    state = (labels.count, labels.mu, dict(progress.answered), progress.labels_used, progress.skipped, progress.ties)
+    assert state == (2, [1.0, 0.0], {one: 0, two: -1, three: 1}, 2, 1, 0)
+    progress.last_event = 0
+    server.replies = [{"events": [*events, event(6, one, "first", "retract")], "open": 1}]
+    server.receive(tmp_path, labels, progress)
+    assert progress.answered == {two: -1, three: 1} and labels.count == 2 and progress.last_event == 6
+    assert math.isnan(labels.mu[0]) and (progress.labels_used, progress.skipped, progress.ties) == (1, 1, 0)
 
 
 def test_whether_people_are_waited_for():
@@ -323,8 +351,8 @@ def test_whether_people_are_waited_for():
     assert wait(labels_used=10, open=15) and wait(labels_used=24, open=1)
     assert not wait(labels_used=24, open=0), "one can't be told: another must be asked"
     assert not wait(labels_used=25, open=0)
-    middle = {"paid_from": 4096, "global_step": 104448}  # half: 25 + 75 ln 6 / ln 11 = 81.04 are due, 60.75 suffice
-    assert wait(**middle, labels_used=60, open=20) and not wait(**middle, labels_used=61, open=20)
+    middle = {"paid_from": 4096, "global_step": 104448}  # of 0.95: 25 + 75 ln 6.26 / ln 11 = 82.4 are due, 61.5 suffice
+    assert wait(**middle, labels_used=61, open=20) and not wait(**middle, labels_used=62, open=20)
     assert not wait(**middle, labels_used=60, open=0)
     args.wait_for_labels = False
     assert not wait(**middle, labels_used=60, open=20) and wait(labels_used=24, open=1)
@@ -340,8 +368,26 @@ def test_open_pairs_count_as_labels_that_are_on_their_way():
 
     assert due(labels_used=3, open=5) == (17, 0) and due(labels_used=3, open=22)[0] == 0
     middle = {"paid_from": 4096, "global_step": 104448}
-    assert due(**middle, labels_used=50, open=10) == (21, 0) and due(**middle, labels_used=50, open=20)[0] == 0
-    assert due(**middle, labels_used=50, shown_from=900) == (min(31, (100 - 15) * 16 // 60), 900)
+    assert due(**middle, labels_used=50, open=10) == (22, 0)
+    assert due(**middle, labels_used=50, open=25)[0] == 7 and due(**middle, labels_used=50, open=26)[0] == 0
+    assert due(**middle, labels_used=50, shown_from=900) == (min(32, (100 - 15) * 16 // 60), 900)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 10, 20, 50, 100, 350, 700])
+def test_people_are_asked_for_the_whole_budget_before_the_end(labels):
+    """Nobody would answer what is asked at the last update; and a small budget does not wait for sixteen to be due."""
+    args = mujoco.parse_args(["--human", "--labels", str(labels), "--total-timesteps", "409600"])
+    pool, progress, asked_at = mujoco.SegmentPool(args.pool_rows, 16, 1, 1, "cpu"), mujoco.Progress(), []
+    for iteration in range(1, args.num_iterations):
+        pool.count += args.num_steps
+        progress.global_step += args.batch_size
+        due, _ = mujoco.labels_due(progress, pool, False, args)
+        progress.labels_used += due
+        asked_at += [iteration / args.num_iterations] * due
+        progress.fresh_from = pool.count if due else progress.fresh_from
+        if progress.paid_from < 0 and progress.labels_used >= args.initial_labels:
+            progress.paid_from = progress.global_step
+    assert len(asked_at) == labels and (labels == 1 or 0.5 < max(asked_at) < 0.97)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,3 +556,34 @@ def test_a_run_lives_through_the_death_of_its_server_and_its_own(server, tmp_pat
     assert len(standing) == len(set(standing)) == summary["labels_used"] and summary["labels_used"] >= 45
     mus = labels["mu"][sorted(standing)]
     assert np.isfinite(mus).all() and np.isnan(labels["mu"]).sum() == len(labels["mu"]) - len(standing) > 0
+
+
+def test_another_database_costs_no_label_and_doubles_none(server, tmp_path, monkeypatch):
+    """A run goes on beside an empty database, then beside the first again; labels that were written after its
+    checkpoint are on its own disk alone then."""
+    unscored(monkeypatch, mujoco)
+    server.robot()
+    flags = ["--label-server", server.url, "--runs-dir", str(tmp_path / "runs"), "--total-timesteps", "3840"]
+    first = mujoco.train(mujoco.parse_args([*PENDULUM, *flags, "--labels", "16"]))
+    run_dir = only(tmp_path / "runs")
+    labels, progress = check_answers(mujoco, run_dir, server, 5, 4, 1)
+    assert first["labels_used"] == len(labels["mu"]) >= 12
+    checkpoint = mujoco.read_checkpoint(run_dir)
+    early = {query: label for query, label in progress["answered"].items() if label < 5}
+    checkpoint["progress"] |= {"answered": early, "labels_used": 5, "ties": 0}
+    torch.save(checkpoint | {"labels_on_disk": 5}, run_dir / "checkpoint.pt")
+    databases = [server.folder / "label_server.sqlite", tmp_path / "aside"]
+    for new in (True, False):
+        server.close()
+        if new:
+            databases[0].rename(databases[1])
+        else:
+            databases[1].rename(databases[0])
+        for left in server.folder.glob("label_server.sqlite-*"):
+            left.unlink()
+        server.robots = []
+        server.start()
+        monkeypatch.setenv("LABEL_SERVER_TOKEN", server.tokens["trainer"])
+        again = mujoco.train(mujoco.parse_args(["--resume", str(run_dir)]))
+        assert (again["labels_used"], again["ties"]) == (first["labels_used"], first["ties"])
+        assert len(list((run_dir / "preferences").glob("*.npz"))) == len(labels["mu"])

@@ -383,6 +383,17 @@ def test_the_entropy_bonus_falls_to_zero_by_half_of_the_run(tmp_path, quick):
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0])
 
 
+def test_what_is_compiled_is_compiled_once(tmp_path, quick):
+    """A number that changes with every update, as the bonus does, would be a reason to compile anew each time."""
+    from torch._dynamo.testing import CompileCounter  # counts, and runs uncompiled: no compiler is needed
+
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    quick.setattr(torch, "compile", lambda function, **flags: compile(function, backend=counter, **flags))
+    run(tmp_path, "--compile", *FEEDBACK, "--seed", "3")
+    assert counter.frame_count == 1
+
+
 def test_the_policy_follows_a_predictor_as_far_as_it_has_labels(tmp_path, quick):
     """The divergence at which passes end, against the labels of the log; all of it where none are to come."""
     seen, update, loss = [], script.update_policy, script.update_reward_model

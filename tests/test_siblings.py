@@ -25,7 +25,7 @@ SHARED = """
     compute_gae
     decisive_sums held_out adapt_l2 pretrain labels_scheduled labels_due select_pairs
     git_commit make_run_dir read_run read_checkpoint params_sha256 draw_episode reward_correlation
-    sprite_sheet LabelServer behind_schedule
+    sprite_sheet count_answers LabelServer behind_schedule
 """
 
 # In all scripts, with more than one text

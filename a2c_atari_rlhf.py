@@ -1410,7 +1410,7 @@ class LabelServer:
     def receive(self, folder: Path, preferences: Preferences, progress, wait: float = 0) -> None:
         """Store what people have answered since the last time, or taken back; wait so many seconds for it.
 
-        What is told again, or in vain, changes nothing: only its last event says how a pair stands.
+        Of each pair only the last event counts, so that what is told again changes nothing.
         """
         if not wait and time.monotonic() < self.polled_at + 1:
             return  # A2C's rollouts take less time than a question

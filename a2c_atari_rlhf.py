@@ -839,6 +839,11 @@ class Preferences:
         for i, pair in enumerate(pairs.tolist()):
             self.known[frozenset(map(tuple, pair))] = -1 if label is None else label + i
 
+    def standing(self, pair: np.ndarray) -> int | None:
+        """The label of a pair of segments, (2, 2); None where there is none, or it was taken back."""
+        label = self.known.get(frozenset(map(tuple, pair.tolist())), -1)
+        return label if label >= 0 and math.isfinite(self.mu[label]) else None
+
     def asked(self, pairs: np.ndarray) -> np.ndarray:
         """(n,) True where this pair of segments, in either order, was asked about already."""
         return np.array([frozenset(map(tuple, pair)) in self.known for pair in pairs.tolist()], dtype=bool)
@@ -1557,11 +1562,11 @@ def train(args: Args) -> dict:
             for path in asked:
                 with np.load(path, allow_pickle=False) as pair:
                     segments = pair["segments"]
-                label = preferences.known.get(frozenset(map(tuple, segments.tolist())), -1)
-                if label >= 0 and math.isfinite(preferences.mu[label]):
-                    progress.answered[path.stem] = label
-                else:
+                label = preferences.standing(segments)
+                if label is None:
                     preferences.remember(segments[None])
+                else:
+                    progress.answered[path.stem] = label
                 if path.stem not in server.known and path.stem not in progress.answered:
                     server.unsent.append(path.stem)
             progress.asked = len(asked)  # some were asked and answered after the checkpoint

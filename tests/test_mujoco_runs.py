@@ -390,6 +390,7 @@ def test_what_is_compiled_is_compiled_once(tmp_path, quick):
     from torch._dynamo.testing import CompileCounter  # counts, and runs uncompiled: no compiler is needed
 
     torch._dynamo.reset()
+    quick.setattr(script.shutil, "which", lambda name: name)  # wherever this runs
     counter, compile = CompileCounter(), torch.compile
     quick.setattr(torch, "compile", lambda function, **flags: compile(function, backend=counter, **flags))
     run(tmp_path, "--compile", *FEEDBACK, "--seed", "3")

@@ -41,6 +41,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,7 @@ REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 SHEET = {"width": 160, "height": 210, "columns": 5, "pixelated": True}  # of the clips that people see
 WEBP_QUALITY = 101  # lossless
-OPEN_QUERIES = 100  # --human: pairs that wait for people, if not more are initial ones; newer ones replace older
+OPEN_QUERIES = 100  # --human: so many pairs wait at most, or all initial ones; newer ones replace older
 
 
 def fail(message: str):
@@ -339,17 +340,22 @@ def check_args(args: Args) -> None:
     learning = imperfect or args.labels or args.preferences or args.reward_model or args.ablation != "none"
     if args.true_reward and learning:
         fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
-    if args.reward_model and (args.labels or args.preferences):
-        fail("--reward-model is used as it is: it takes --labels 0 and no --preferences")
+    if args.reward_model and (args.labels or args.preferences or args.ablation != "none"):
+        fail("--reward-model is used as it is: it takes --labels 0, no --preferences and no --ablation")
     if not (args.labels or args.true_reward or args.preferences or args.reward_model):
         fail("--labels 0 leaves nothing to learn from: give --preferences or --reward-model")
+    if not args.labels and (imperfect or args.ablation in ("random-queries", "no-online-queries")):
+        fail("--labels 0 asks nothing: it takes no --teacher-* flags and no --ablation of the queries")
     _ = args.minibatch_size  # fails where the division is inexact
     if args.labels:
         batch = max(1, min(QUERY_BATCH, args.initial_labels, args.query_limit))  # pairs per initial occasion
         rows = batch * 4 * args.clip_length / args.num_envs + args.clip_length  # and the fresh rows that it needs
         initial_updates = math.ceil(args.initial_labels / batch) * math.ceil(rows / args.num_steps)
         updates = args.num_iterations - initial_updates  # that are left for the other labels
-        if min(args.query_limit, updates) < 1 or args.labels - args.initial_labels > updates * args.query_limit:
+        limit = args.query_limit
+        if args.asks_people:  # who are shown a batch at a time, and nothing at the last update
+            limit, updates = min(limit, QUERY_BATCH), updates - 1
+        if min(limit, updates) < 1 or args.labels - args.initial_labels > updates * limit:
             fail(
                 f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
                 f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
@@ -418,6 +424,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # Environment
 # ----------------------------------------------------------------------------------------------------------------------
 # What would give the reward away is painted black: score, lives, level (appendix A.2; Seaquest's oxygen stays).
+# Not Space Invaders' lives: a digit that shows for 1 or 2 seconds at each start, where the cannon passes.
 # Inclusive rows and columns of the raw 210 x 160 screen, whole bands where digits grow to the left.
 HUD = {
     "beam_rider": [(10, 28, 0, 159), (32, 39, 20, 30), (183, 189, 32, 45)],
@@ -847,8 +854,8 @@ class Preferences:
             self.weights[label % self.capacity] = 0
 
     def restore(self, count: int, by_people: bool = False):
-        """Read the `count` labels of the checkpoint that is gone on from back from the disk. What was written later is
-        removed, since the oracle's same answers will come again, but people's: those are labels as well."""
+        """Read the labels that a checkpoint counts back from the disk. Later ones are removed where the oracle gave
+        them, since the same will come again, and kept where people did."""
         for answers in read_shards(self.folder, self.clips, math.inf if by_people else count):
             self.add(answers, save=False)
         if self.count < count:
@@ -1054,7 +1061,8 @@ def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
-        print(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        tqdm.write(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}")
+        sys.stdout.flush()
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
 
 
@@ -1140,11 +1148,11 @@ class Progress:
 
 
 def git_commit() -> str | None:
-    """Commit of this file's repository, with a "+" where this file differs from it; None outside of one."""
+    """Commit of this file's repository, with a "+" where this file is not as in it; None outside of one."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", __file__]).returncode
+        changed = subprocess.run([*git, "status", "--porcelain", "--", __file__], capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed else "")
@@ -1157,7 +1165,7 @@ def make_run_dir(args: Args) -> Path:
     run = {
         "script": SCRIPT,
         "args": asdict(args),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
@@ -1186,11 +1194,13 @@ def read_run(run_dir: str) -> dict:
 def read_checkpoint(run_dir: str) -> dict:
     """checkpoint.pt (tensors, numbers and strings only: nothing in it can run code), on the CPU."""
     try:
-        return torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        _ = Progress(**checkpoint["progress"])
+        return checkpoint
     except FileNotFoundError:
         fail(f"{run_dir} has no checkpoint.pt yet")
     except Exception as error:  # a truncated file fails in as many ways as it has bytes
-        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
+        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): truncated, or of another version?")
 
 
 def load_reward_model(run_dir: str, checkpoint: dict, args: Args) -> RewardEnsemble:
@@ -1310,8 +1320,13 @@ def evaluate_run(args: Args) -> dict:
         agent.to(args.device, memory_format=torch.channels_last)
     learned = checkpoint["ensemble"] and checkpoint["ensemble"]["renewals"]
     ensemble = load_reward_model(args.evaluate, checkpoint, args) if learned else None
+    folder = run_dir / ("random" if args.random else "evaluation")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        fail(f"can't write to {folder}: {error.strerror}")
     result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
-    folder, returns = run_dir / ("random" if args.random else "evaluation"), result["returns"]
+    returns = result["returns"]
     draw_episode(result, folder, f"{args.env_id}, {folder.name} of {run_dir.name}")
     row = {
         "script": SCRIPT,
@@ -1378,9 +1393,12 @@ class LabelServer:
     def __init__(self, args: Args, progress, frames: int, fps: float):
         """Sign the run in, with clips of so many frames; exit code 2 where the server is not there or refuses."""
         self.run_id = progress.run_id = progress.run_id or uuid.uuid4().hex
-        self.url, self.run, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
+        self.url, self.path, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
         self.away_until, self.patience, self.polled_at = 0.0, 1, 0.0
-        local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        try:
+            local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        except ValueError as error:
+            fail(f"--label-server {self.url}: {error}")
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)  # http_proxy can't see it
         tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
         try:
@@ -1388,11 +1406,13 @@ class LabelServer:
         except (OSError, ValueError, KeyError, TypeError):  # not there, not ours to read, or damaged
             fail("no label server here: start python label_server.py in this directory, or give --label-server and set "
                  "LABEL_SERVER_TOKEN to the trainer's token in the label_server.tokens that it wrote")  # fmt: skip
-        reply = self.request("PUT", self.run, {
+        reply = self.request("PUT", self.path, {
             "name": f"{args.env_id}, {SCRIPT}, seed {args.seed}", "env_id": args.env_id, "script": SCRIPT,
             "labels": args.labels, "max_open": max(OPEN_QUERIES, args.initial_labels),
             "clip": SHEET | {"frames": frames, "fps": fps},
         })  # fmt: skip
+        if not isinstance(reply, dict) or "known" not in reply:
+            fail(f"what answers at {self.url} is no label server; python label_server.py starts one")
         self.known = set(reply["known"])
         progress.last_event = 0  # another server or database numbers its events anew, so be told all of them again
 
@@ -1415,7 +1435,7 @@ class LabelServer:
             reason = f"{error.code} {error.read(500).decode(errors='replace')}"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-        if path == self.run:
+        if path == self.path:
             fail(f"no label server at {self.url} that takes this run ({reason}); python label_server.py starts one")
         self.away_until, self.patience = time.monotonic() + self.patience, min(2 * self.patience, 30)
         tqdm.write(f"the label server does not take {method} {path} ({reason}): trying again")
@@ -1447,11 +1467,16 @@ class LabelServer:
         if not wait and time.monotonic() < self.polled_at + 1:
             return  # A2C's rollouts take less time than a question
         self.polled_at = time.monotonic()
-        reply = self.request("GET", f"{self.run}/events?after={progress.last_event}&wait={wait}", wait=wait)
-        if reply is None:
-            time.sleep(min(wait, 1))
-            return
-        for query, event in {event["query"]: event for event in reply["events"]}.items():
+        events, more = [], True
+        while more:  # a reply has at most 1,000
+            after = events[-1]["seq"] if events else progress.last_event
+            reply = self.request("GET", f"{self.path}/events?after={after}&wait={wait}", wait=wait)
+            if reply is None:
+                time.sleep(min(wait, 1))
+                return
+            more, wait = reply["events"], 0
+            events += more
+        for query, event in {event["query"]: event for event in events}.items():
             label = progress.answered.get(query)
             before = None if label is None else preferences.mu[label] if label >= 0 else -1  # -1: can't tell
             mu = None  # taken back
@@ -1471,10 +1496,8 @@ class LabelServer:
                     arrays = {name: pair[name][None] for name in label_shapes(preferences.clips) if name != "mu"}
                 preferences.add(arrays | {"mu": np.array([mu], np.float32)})
         count_answers(preferences, progress)
-        progress.last_event = max([progress.last_event, *(event["seq"] for event in reply["events"])])
+        progress.last_event = events[-1]["seq"] if events else progress.last_event
         progress.open = reply["open"] + len(self.unsent)
-        if reply["events"]:
-            self.polled_at = 0.0  # there may be more
 
 
 def behind_schedule(progress, args: Args) -> bool:
@@ -1515,6 +1538,14 @@ def train(args: Args) -> dict:
         progress.labels_loaded = sum(int(np.isfinite(arrays["mu"]).sum()) for arrays in read_shards(shards, clips))
         if not progress.labels_loaded:
             fail(f"{args.preferences} has no labels")
+    if args.track:
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode == "online":
+                wandb.login()  # else `wandb.init` would fail when the run's directory is there already
+        except wandb.errors.Error as error:
+            fail(f"--track: {error}")
     if args.asks_people:
         server = LabelServer(args, progress, args.clip_length, fps=15.0)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
@@ -1584,9 +1615,9 @@ def train(args: Args) -> dict:
             preferences.restore(checkpoint["labels_on_disk"], args.human)
         if args.asks_people:
             progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
-            asked = sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+            files = sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime)
             progress.answered = {query: -1 for query, label in progress.answered.items() if label == -1}
-            for path in asked:
+            for path in files:
                 with np.load(path, allow_pickle=False) as pair:
                     segments = pair["segments"]
                 label = preferences.standing(segments)
@@ -1596,7 +1627,7 @@ def train(args: Args) -> dict:
                     progress.answered[path.stem] = label
                 if path.stem not in server.known and path.stem not in progress.answered:
                     server.unsent.append(path.stem)
-            progress.asked = len(asked)  # some were asked and answered after the checkpoint
+            progress.asked = len(files)  # some were asked and answered after the checkpoint
             count_answers(preferences, progress)
             server.post(queries, progress)
             server.receive(queries, preferences, progress)
@@ -1625,8 +1656,6 @@ def train(args: Args) -> dict:
     commit = read_run(str(run_dir))["commit"]  # what this run began with, whatever is checked out when it ends
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
     if args.track:
-        import wandb
-
         wandb_run = wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name,
             group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
@@ -1643,7 +1672,7 @@ def train(args: Args) -> dict:
     def report(waiting: bool):
         """To the label server, for the page's progress and the admin's statistics."""
         accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
-        server.request("POST", f"{server.run}/status", {
+        server.request("POST", f"{server.path}/status", {
             "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
             "labels_used": progress.labels_used, "labels_due": labels_scheduled(progress, args), "waiting": waiting,
             "accuracy_heldout": float(accuracy) if math.isfinite(accuracy) else None,
@@ -1697,7 +1726,7 @@ def train(args: Args) -> dict:
                 screens, *_ = twin.step(action)
             next_frames, env_rewards[step], terminated, truncated, infos = envs.step(action)
             ended[step] = terminated | truncated
-            lost[step] = terminated | (infos["lives"] < lives)  # after an end, infos are the next episode's
+            lost[step] = terminated | (~truncated & (infos["lives"] < lives))  # after an end, infos are the next game's
             lives[:] = infos["lives"]
             history[:] = np.where(ended[step], 0, np.minimum(history + 1, 3))
             next_obs = torch.as_tensor(observe(next_frames, history, boxes), device=device)
@@ -1741,8 +1770,8 @@ def train(args: Args) -> dict:
         last = progress.iteration == args.num_iterations
         for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
             due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
-            enough = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.monotonic() < asked_at + 60
-            if args.asks_people and (last or enough):
+            busy = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.monotonic() < asked_at + 60
+            if args.asks_people and (last or busy):
                 due = 0  # nobody would answer in time; or there is enough to do, and what is newer may wait a minute
             if args.asks_people and progress.paid_from >= 0:
                 due = min(due, QUERY_BATCH)  # however far they are behind: more would not be looked at
@@ -1778,9 +1807,6 @@ def train(args: Args) -> dict:
             progress.skipped += int(skipped.sum())
             progress.labels_used += int((~skipped).sum())
             progress.ties += int((mu[~skipped] == 0.5).sum())
-        if args.asks_people:
-            server.post(queries, progress)
-            server.receive(queries, preferences, progress)
 
         # 10. Update the reward model, then renew its statistics over rows of the recent pool
         if ensemble and (progress.paid_from >= 0 or progress.labels_used >= args.initial_labels):
@@ -1805,17 +1831,17 @@ def train(args: Args) -> dict:
             mean_return, mean_length = np.mean(finished_episodes, axis=0)
             log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
         if args.eval_every and progress.iteration % args.eval_every == 0:
-            evaluation_seconds = time.time()
+            evaluation_started = time.time()
             result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
             log({"charts/eval_return": result["returns"].mean()})
-            evaluation_seconds = time.time() - evaluation_seconds
+            evaluation_seconds = time.time() - evaluation_started
         progress.wall_seconds = time.time() - started
         bar.update(args.batch_size)
         stopping = bool(stop)
         waiting = args.asks_people and behind_schedule(progress, args) and not (stopping or last)
         due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
-        if args.asks_people and progress.paid_from < 0:  # hours of people's work may hang on it
-            due_to_save |= waiting or progress.fresh_from == pool.count
+        if args.asks_people:  # a pair that people see must be of a run that can be gone on with
+            due_to_save |= progress.iteration == 1 or (progress.paid_from < 0 and progress.fresh_from == pool.count)
         if due_to_save or progress.iteration % args.log_every == 0:
             progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
             progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
@@ -1877,6 +1903,9 @@ def train(args: Args) -> dict:
         trained |= pays
 
         # 12. Wait for people. While they answer, the agent stands still: a simulator is a hundred times faster.
+        if args.asks_people:
+            server.post(queries, progress)  # now that the checkpoint can be gone on from
+            server.receive(queries, preferences, progress)
         line_at, waiting_since = 0.0, time.time()
         while waiting and not stop:
             if time.time() > line_at + 15:

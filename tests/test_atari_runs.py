@@ -5,9 +5,11 @@ kills and Weights & Biases run on the real one in a process of their own.
 """
 
 import dataclasses
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -124,6 +126,26 @@ def test_wrong_answers_teach_the_opposite(tmp_path, toy):
 
 
 # --------------------------------------------------------------------------------------------------- runs and numbers
+def test_a_time_limit_costs_no_life(tmp_path, toy):
+    """After it, ALE tells of the next game's lives, which may be fewer."""
+
+    class Limited(Toy):
+        def reset(self, seed):
+            obs, infos = super().reset(seed)
+            return obs, {"lives": 3 * infos["lives"]}
+
+        def step(self, action):
+            obs, rewards, ended, none, infos = super().step(action)
+            return obs, rewards, none, ended, infos | {"lives": np.where(self.age, 3, 2)}  # 2 after an end
+
+    losses = []
+    toy.setattr(script, "make_envs", lambda args, num_envs, **kwargs: Limited(num_envs, **kwargs))
+    toy.setattr(script, "oracle_rewards_of", lambda rewards, lost, args: losses.append(lost.sum()) or rewards)
+    toy.setattr(script, "evaluate", lambda *_, **__: {"returns": np.zeros(1), "screens": []})
+    run(tmp_path, *FEEDBACK)
+    assert len(losses) == 20 and sum(losses) == 0
+
+
 def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
     """Traps 28, 36 and 41: labels and steps are counted once, and there are exactly as many as asked for."""
     made = []
@@ -399,6 +421,11 @@ def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
         (["--oracle", "--random"], "goes with"),
         (["--true-reward", "--teacher-mistake", "0.1"], "learns no reward"),
         (["--resume", "a", "--evaluate", "b"], "give one of"),
+        (["--oracle", "--labels", "0", "--reward-model", "x", "--ablation", "no-ensemble"], "no --ablation"),
+        (["--oracle", "--labels", "0", "--preferences", "x", "--ablation", "random-queries"], "asks nothing"),
+        (["--oracle", "--labels", "0", "--reward-model", "x", "--teacher-skip", "0.1"], "asks nothing"),
+        (["--human", "--labels", "5500", "--total-timesteps", "600000"], "more than"),
+        (["--human", "--label-server", "http://[::1"], "--label-server"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, monkeypatch, capfd, flags, said):
@@ -428,6 +455,9 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
     refused("is negative", "--resume", str(good), "--torch-threads", "-1")
     refused("other clips", *labels, "--segment-length", "5", small=SMALL)
     refused("a run of", *labels, "--env-id", "ALE/Breakout-v5", small=SMALL)
+    (good / "evaluation").write_text("")
+    toy.setattr(script, "evaluate", lambda *_, **__: pytest.fail("it was to be refused before an episode is played"))
+    refused("can't write to", "--evaluate", str(good))
     shard = sorted((good / "preferences").iterdir())[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -440,6 +470,10 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
     checkpoint = (good / "checkpoint.pt").read_bytes()
     (good / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
     refused("truncated", "--resume", str(good))
+    of_another = torch.load(io.BytesIO(checkpoint))
+    of_another["progress"]["unheard_of"] = 1
+    torch.save(of_another, good / "checkpoint.pt")
+    refused("of another version", "--resume", str(good))
     (good / "checkpoint.pt").unlink()
     refused("no checkpoint", "--evaluate", str(good))
     args = json.loads((good / "args.json").read_text()) | {"script": "a2c_atari_rlhf"}
@@ -462,6 +496,33 @@ def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
         with pytest.raises(SystemExit) as end:
             run(place, *FEEDBACK)
         assert end.value.code == 2 and "can't write to" in capsys.readouterr().err
+
+
+def test_tracking_without_a_key_is_refused_before_a_run_begins(tmp_path):
+    command = [sys.executable, str(ROOT / f"{SCRIPT_NAME}.py"), "--oracle", "--track"]
+    unknown = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_CONFIG_DIR": str(tmp_path / "wandb")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_API_KEY", "NETRC")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | unknown, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "API key" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_copy_that_was_changed_is_not_the_commit(tmp_path, monkeypatch):
+    """However it was changed: in place, or as a new file beside the others."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "ppo.py"))
+    assert script.git_commit() is None
+    (tmp_path / "ppo.py").write_text("1")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "ppo.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "First"], check=True)
+    assert re.fullmatch("[0-9a-f]{10}", script.git_commit())
+    (tmp_path / "ppo.py").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{10}\+", script.git_commit())
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "mine.py"))
+    (tmp_path / "mine.py").write_text("1")
+    assert re.fullmatch(r"[0-9a-f]{10}\+", script.git_commit())
 
 
 def test_two_runs_of_one_second_have_directories_of_their_own(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """--human: the scripts' side of human labels, alone and with a real label server that robots answer."""
 
+import http.server
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -202,12 +204,16 @@ class Scripted(mujoco.LabelServer):
     """A server that answers what the test says."""
 
     def __init__(self, *replies):
-        self.run_id, self.run, self.polled_at = "a" * 32, "/api/runs/" + "a" * 32, 0.0
+        self.run_id, self.path, self.polled_at = "a" * 32, "/api/runs/" + "a" * 32, 0.0
         self.unsent, self.replies, self.requests = [], list(replies), []
 
     def request(self, method, path, body=None, wait=0):
         self.requests.append((method, path, body))
-        return self.replies.pop(0)
+        if not self.replies and method == "GET":
+            return {"events": [], "open": self.open}
+        reply = self.replies.pop(0)
+        self.open = reply and reply["open"]
+        return reply
 
 
 SHAPES = mujoco.clip_shapes(2, 3, 1)
@@ -241,7 +247,7 @@ def test_answers_become_labels_of_their_own_pairs(tmp_path):
     ]
     server.unsent, server.replies = [], [{"events": [event(*kind) for kind in kinds], "open": 0}]
     server.receive(tmp_path, labels, progress)
-    assert server.requests == [("GET", f"{server.run}/events?after=0&wait=0", None)]
+    assert server.requests == [("GET", f"{server.path}/events?after={seq}&wait=0", None) for seq in (0, 14)]
     assert labels.arrays["mu"][:3].tolist() == [0.0, 1.0, 0.5] and labels.count == 3
     assert labels.arrays["obs"][:3, 0, 0, 0].tolist() == [7.0, 5.0, 6.0]
     assert (progress.labels_used, progress.skipped, progress.ties) == (3, 1, 1)
@@ -253,13 +259,14 @@ def test_what_is_taken_back_is_no_label_any_more_and_may_be_answered_anew(tmp_pa
     server, progress, labels = Scripted(), mujoco.Progress(), make_preferences(tmp_path / "preferences")
     one, two = asked(server, tmp_path, 5.0), asked(server, tmp_path, 6.0)
     server.unsent, server.replies = [], [{"events": [event(1, one, "first"), event(2, two, "cant-tell")], "open": 0}]
-    server.replies += [{"events": [event(3, one, "first", "retract")], "open": 1}]
     server.receive(tmp_path, labels, progress)
     assert (progress.labels_used, progress.skipped, progress.open) == (1, 1, 0)
+    server.replies, server.polled_at = [{"events": [event(3, one, "first", "retract")], "open": 1}], 0.0
     server.receive(tmp_path, labels, progress)
     assert (progress.labels_used, progress.skipped, progress.open) == (0, 1, 1)
     assert labels.arrays["mu"][0] == 0.5 and labels.weights[0].tolist() == [0, 0, 0]
-    server.replies = [{"events": [event(4, two, "cant-tell", "retract"), event(5, one, "second")], "open": 1}]
+    events = [event(4, two, "cant-tell", "retract"), event(5, one, "second")]
+    server.replies, server.polled_at = [{"events": events, "open": 1}], 0.0
     server.receive(tmp_path, labels, progress)
     assert (progress.labels_used, progress.skipped, progress.ties) == (1, 0, 0) and progress.answered == {one: 1}
     assert labels.arrays["mu"][1] == 0.0 and labels.weights[1].tolist() == mujoco.bootstrap_weights([1], 3)[0].tolist()
@@ -325,7 +332,7 @@ def test_every_answer_is_asked_for_again_at_the_sign_in(server, tmp_path):
 
 
 def test_what_is_told_again_changes_nothing(tmp_path):
-    """Of each pair the last event counts; a label that stands already is not added again."""
+    """Of each pair the last event counts, however many replies tell of it; one that stands is not added again."""
     server, progress, labels = Scripted(), mujoco.Progress(), make_preferences(tmp_path / "preferences")
     one, two, three = (asked(server, tmp_path, value) for value in (5.0, 6.0, 7.0))
     events = [event(1, one, "first"), event(2, two, "cant-tell"), event(3, three, "equal")]
@@ -334,9 +341,10 @@ def test_what_is_told_again_changes_nothing(tmp_path):
     server.receive(tmp_path, labels, progress)
     state = (labels.count, labels.mu, dict(progress.answered), progress.labels_used, progress.skipped, progress.ties)
     assert state == (2, [1.0, 0.0], {one: 0, two: -1, three: 1}, 2, 1, 0)
-    progress.last_event = 0
-    server.replies = [{"events": [*events, event(6, one, "first", "retract")], "open": 1}]
-    server.receive(tmp_path, labels, progress)
+    progress.last_event = server.polled_at = 0
+    retracted = event(6, one, "first", "retract")
+    server.replies = [{"events": events[:3], "open": 0}, {"events": [*events[3:], retracted], "open": 1}]
+    server.receive(tmp_path, labels, progress)  # in two replies, the first of which ends between answer and undo
     assert progress.answered == {two: -1, three: 1} and labels.count == 2 and progress.last_event == 6
     assert math.isnan(labels.mu[0]) and (progress.labels_used, progress.skipped, progress.ties) == (1, 1, 0)
 
@@ -417,6 +425,25 @@ def test_without_a_server_nothing_begins(tmp_path, monkeypatch, capsys, said, to
     with pytest.raises(SystemExit) as stopped:
         mujoco.train(mujoco.parse_args([*PENDULUM, "--label-server", "http://127.0.0.1:9"]))
     assert stopped.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("reply", [b"", b"[]", b'{"hello": 1}'])
+def test_what_is_no_label_server_is_refused(monkeypatch, capsys, reply):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply)
+
+    monkeypatch.setenv("LABEL_SERVER_TOKEN", "x")
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        args = mujoco.parse_args([*PENDULUM, "--label-server", f"http://127.0.0.1:{other.server_port}"])
+        with pytest.raises(SystemExit) as stopped:
+            mujoco.LabelServer(args, mujoco.Progress(), 1, 10.0)
+        other.shutdown()
+    assert stopped.value.code == 2 and "is no label server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("slash", ["/", ""])
@@ -555,7 +582,27 @@ def test_a_run_lives_through_the_death_of_its_server_and_its_own(server, tmp_pat
     standing = [label for label in progress["answered"].values() if label >= 0]
     assert len(standing) == len(set(standing)) == summary["labels_used"] and summary["labels_used"] >= 45
     mus = labels["mu"][sorted(standing)]
-    assert np.isfinite(mus).all() and np.isnan(labels["mu"]).sum() == len(labels["mu"]) - len(standing) > 0
+    assert np.isfinite(mus).all() and np.isnan(labels["mu"]).sum() == len(labels["mu"]) - len(standing)
+
+
+@pytest.mark.parametrize("begins_with", ["nothing", "labels"])
+def test_no_pair_is_posted_before_its_run_can_be_gone_on_with(server, tmp_path, monkeypatch, begins_with):
+    """What people answered would be lost with a run that is killed before its first checkpoint."""
+    unscored(monkeypatch, mujoco)
+    flags, posted, post = ["--total-timesteps", "3840", "--labels", "16"], [], mujoco.LabelServer.post
+    if begins_with == "labels":
+        mujoco.train(mujoco.parse_args([*PENDULUM[1:], "--oracle", *flags, "--runs-dir", str(tmp_path / "other")]))
+        flags += ["--preferences", str(only(tmp_path / "other"))]
+
+    def checked_post(self, folder, progress):
+        assert not self.unsent or (folder.parent / "checkpoint.pt").exists()
+        posted.append(len(self.unsent))
+        post(self, folder, progress)
+
+    monkeypatch.setattr(mujoco.LabelServer, "post", checked_post)
+    server.robot()
+    flags += ["--label-server", server.url, "--runs-dir", str(tmp_path / "runs")]
+    assert mujoco.train(mujoco.parse_args([*PENDULUM, *flags]))["labels_used"] > 0 and sum(posted)
 
 
 def test_another_database_costs_no_label_and_doubles_none(server, tmp_path, monkeypatch):

@@ -295,10 +295,10 @@ def check_values(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuse what can't be trained, before anything is written, and fill in the defaults that depend on the rest."""
-    if args.oracle + args.human + args.true_reward != 1:
-        fail("give exactly one of --oracle, --human and --true-reward")
     if args.random:
         fail("--random goes with --evaluate")
+    if args.oracle + args.human + args.true_reward != 1:
+        fail("give exactly one of --oracle, --human and --true-reward")
     if args.env_id not in gym.registry or not args.env_id.startswith("ALE/"):
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, 3, 0.4)
@@ -334,8 +334,8 @@ def check_args(args: Args) -> None:
             limit, updates = min(limit, QUERY_BATCH), updates - 1
         if min(limit, updates) < 1 or args.labels - args.initial_labels > updates * limit:
             fail(
-                f"--labels {args.labels} is more than {args.total_timesteps} steps with a pool of "
-                f"{args.query_pool_steps} can give: ask for fewer labels or train longer"
+                f"--labels {args.labels} is more than {args.total_timesteps} steps can give with clips of "
+                f"{args.clip_length} and a pool of {args.query_pool_steps}: ask for fewer, or train longer"
             )
     for source in (args.preferences, args.reward_model):
         if source and read_run(source)["args"]["env_id"] != args.env_id:
@@ -873,8 +873,10 @@ def read_shards(folder: Path, clips: dict, until: float = math.inf):
 
     mu is NaN where somebody took an answer back.
     """
-    shapes = label_shapes(clips)
+    shapes, label = label_shapes(clips), 0
     for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
+        if int(path.stem) != label:
+            fail(f"{folder} has lost the file of label {label}")
         try:
             with np.load(path, allow_pickle=False) as shard:
                 arrays = {name: shard[name] for name in shapes}
@@ -883,8 +885,9 @@ def read_shards(folder: Path, clips: dict, until: float = math.inf):
         if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, (shape, _) in shapes.items()):
             fail(f"{path} holds other clips than this run's: {clips}")
         for i in range(len(arrays["mu"])):
-            if (folder / f"{int(path.stem) + i:08d}.retracted").exists():
+            if (folder / f"{label + i:08d}.retracted").exists():
                 arrays["mu"][i] = np.nan
+        label += len(arrays["mu"])
         yield arrays
 
 
@@ -1407,7 +1410,7 @@ class LabelServer:
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.read(500).decode(errors='replace')}"
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = str(getattr(error, "reason", error))  # the exception itself would keep `train` alive till exit
         if path == self.path:
             fail(f"no label server at {self.url} that takes this run ({reason}); python label_server.py starts one")
         self.away_until, self.patience = time.monotonic() + self.patience, min(2 * self.patience, 30)
@@ -1654,7 +1657,13 @@ def train(args: Args) -> dict:
 
     stop: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
+
+    def stop_soon(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this rollout and its updates; once more, and it stops at once")
+
+    handlers = [signal.signal(number, stop_soon) for number in signals]
     total_steps = args.num_iterations * args.batch_size  # whole rollouts
     print(
         f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps (--total-timesteps "
@@ -1892,6 +1901,7 @@ def train(args: Args) -> dict:
             server.post(queries, progress)
             server.receive(queries, preferences, progress, wait=5)
             waiting = behind_schedule(progress, args)
+        stopping |= bool(stop) and due_to_save
         if line_at:
             report(waiting)
             line_time += time.time() - waiting_since  # not the script's time
@@ -1935,7 +1945,7 @@ def train(args: Args) -> dict:
     if finished:
         draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
         if progress.labels_used < args.labels:
-            print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were never answered")
+            print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were not answered in time")
     if args.track:
         wandb_run.summary.update(summary)
         if finished and result["screens"]:
@@ -1947,4 +1957,7 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # --resume goes on from the last checkpoint

@@ -1747,10 +1747,12 @@ def main(argv: list[str] | None = None):
         fail(f"can't listen on {args.host} port {args.port}: {error.strerror or error}; choose another --port")
     args.port = listener.getsockname()[1]
     store = Store(args.database_url)
+    if store.is_sqlite and store.url.database in (None, "", ":memory:"):
+        fail(f"--database-url {args.database_url} is no file: what people label would go with the server")
     named = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
     url = args.public_url or f"http://{f'[{named}]' if ':' in named else named}:{args.port}"
     url = url.rstrip("/")
-    folder = Path(store.url.database).parent if store.is_sqlite and store.url.database else Path()
+    folder = Path(store.url.database).parent if store.is_sqlite else Path()
     tokens = read_tokens(folder / "label_server.tokens", url)
     server = None
     app = make_app(store, tokens, args, stopping=lambda: server.should_exit)

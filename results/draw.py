@@ -13,10 +13,11 @@ paper_figures.csv holds the paper's own curves (Figures 2, 3, 5 and 6), 21 point
 figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty where one is hidden.
 """
 
+import argparse
 import csv
 import json
+import math
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def collect(folder: Path, table: str | None = None, **columns) -> set[str]:
     run_dir = folder.parent if random else folder
     run = json.loads((run_dir / "args.json").read_text())
     row = json.loads((folder / "summary.json").read_text())
+    if not random and not row["finished"]:
+        print(f"{folder} was stopped after {row['global_step']:,} steps: it is drawn, and counts in no table")
     command = f"python {run['script']}.py --evaluate {run_dir.name} --random" if random else run["command"]
     command = re.sub(r" --runs-dir \S+", "", command)
     row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command} | columns
@@ -101,7 +104,7 @@ def collect_export(path: Path) -> set[str]:
     """Add what W&B exported: rows from its table of runs, or curves from a chart of the return. Out: runs' names."""
     rows = read_csv(path)
     if not rows:
-        raise SystemExit(f"{path} has no rows")
+        raise ValueError("it has no rows")
     if "Name" in rows[0] and "script" in rows[0]:
         rows = [row for row in rows if row["script"]]  # else it has not ended yet: its summary is missing
         for row in rows:
@@ -112,9 +115,7 @@ def collect_export(path: Path) -> set[str]:
         return {row["Name"] for row in rows}
     charts = [name for name in rows[0] if name.endswith(" - charts/episodic_return")]
     if "global_step" not in rows[0] or not charts:
-        raise SystemExit(
-            f"{path} is neither W&B's table of runs nor its chart of charts/episodic_return over global_step"
-        )
+        raise ValueError("neither W&B's table of runs nor its chart of charts/episodic_return over global_step")
     for name in charts:
         values = {int(float(row["global_step"])): float(row[name]) for row in rows if row[name]}
         write_curve(name.removesuffix(" - charts/episodic_return"), {"return": values})
@@ -200,6 +201,15 @@ def plot_paper(ax, millions: int, curve: tuple[list[float], list[float]], **styl
         ax.plot(*zip(*points, strict=True), "--", **style)
 
 
+def task_axes(tasks: list[str], height: float):
+    """A figure of so many axes, four to a row."""
+    rows = math.ceil(len(tasks) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(15, height * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(tasks) :]:
+        ax.axis("off")
+    return figure, axes
+
+
 def legend_once(ax) -> None:
     """A legend with an entry per name, however many lines or bars have it."""
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
@@ -283,7 +293,7 @@ def draw_mujoco(named: set[str]) -> None:
     every = read_csv(HERE / "mujoco.csv")
     rows = plain(every)
     tasks = sorted({row["env_id"] for row in every})
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    figure, axes = task_axes(tasks, 3.25)
     for ax, task in zip(axes.flat, tasks, strict=False):
         for row in (row for row in every if row["env_id"] == task and row["feedback"] != "random"):
             style = {"color": COLOURS.get(source(row)), "linewidth": 1.0, "label": described(row)}
@@ -297,15 +307,13 @@ def draw_mujoco(named: set[str]) -> None:
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
             plot_paper(ax, 20, paper_curve(2, task, curve), color=COLOURS[name], linewidth=1.0, alpha=0.6)
         steps = max(int(row["total_timesteps"] or 0) for row in every if row["env_id"] == task)
-        ax.set_title(f"{task}, {steps / 1e6:.1f}M steps")
+        ax.set_title(f"{task}, {steps / 1e6:.2g}M steps")
         ax.grid(alpha=0.3)
         ax.set_xscale("log")
         ax.set_xlim(0.02, 20)
         ax.set_xticks([0.02, 0.1, 0.5, 2, 20], ["0.02", "0.1", "0.5", "2", "20"])
         ax.minorticks_off()
         ax.set_xlabel("million steps (dashed: the paper's)")
-    for ax in axes.flat[len(tasks) :]:
-        ax.axis("off")
     figure.savefig(HERE / "mujoco.png", dpi=110)
     plt.close(figure)
     print(HERE / "mujoco.png")
@@ -315,12 +323,13 @@ def draw_mujoco(named: set[str]) -> None:
     for task in tasks:
         cells = []
         for name in ("random", "true-reward", "350", "700", "1400"):
-            found = [f"{float(r['final_return_mean']):,.1f}" for r in rows if r["env_id"] == task and source(r) == name]
+            ended = [r for r in rows if r["final_return_mean"] and (r["env_id"], source(r)) == (task, name)]
+            found = [f"{float(r['final_return_mean']):,.1f}" for r in ended]
             cells.append(", ".join(found) or "–")
             missing += [] if found else [f"{task} {name}"]
         print(f"| {task} | {' | '.join(cells)} |")
     missing += [f"all of {task}" for task in TASKS if task not in tasks]
-    print(f"missing: {', '.join(missing) or 'nothing'}")
+    print(f"without a run: {', '.join(missing) or 'none'}")
     for labels, scores in sorted(normalised_scores(rows).items(), key=lambda item: int(item[0])):
         means = [np.mean(seeds) for seeds in scores.values()]
         low, high = bootstrap_interval(list(scores.values()))
@@ -421,8 +430,8 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
     if not tasks:
         print(f"{name}.csv has no ablations yet: no figure of them")
         return
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 4), squeeze=False, layout="constrained")
-    for ax, task in zip(axes[0], tasks, strict=True):
+    figure, axes = task_axes(tasks, 4)
+    for ax, task in zip(axes.flat, tasks, strict=False):
         zero, one = np.mean(runs[task, "random"]), np.mean(runs[task, "true-reward"])
         paper_one = (paper_curve(curves[0], task, baseline)[1] or [np.nan])[-1]
         for i, (ours, theirs) in enumerate(ABLATIONS.items()):
@@ -438,16 +447,22 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
         ax.set_title(task, fontsize=10)
         ax.grid(axis="y", alpha=0.3)
     legend_once(axes[0, 0])
-    axes[0, 0].set_ylabel("0: random policy, 1: true reward")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("0: random policy, 1: true reward")
     figure.savefig(HERE / f"{name}_ablations.png", dpi=110)
     plt.close(figure)
     print(HERE / f"{name}_ablations.png")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories, and CSVs that W&B exported")
     named: set[str] = set()
-    for argument in map(Path, sys.argv[1:]):
-        named |= collect_export(argument) if argument.suffix == ".csv" else collect(argument)
+    for argument in parser.parse_args().runs:
+        try:
+            named |= collect_export(argument) if argument.suffix == ".csv" else collect(argument)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{argument} is neither a run that has ended nor a CSV of W&B's ({error})")
     draw_atari(named)
     draw_mujoco(named)
     print_teachers()

@@ -427,6 +427,14 @@ def test_without_a_server_nothing_begins(tmp_path, monkeypatch, capsys, said, to
     assert stopped.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
+    """In a process of its own: what a renderer that outlives the interpreter would say comes after everything."""
+    command = [sys.executable, str(ROOT / "ppo_mujoco_rlhf.py"), *PENDULUM, "--label-server", "http://127.0.0.1:9"]
+    environment = os.environ | {"LABEL_SERVER_TOKEN": "x"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("reply", [b"", b"[]", b'{"hello": 1}'])
 def test_what_is_no_label_server_is_refused(monkeypatch, capsys, reply):
     class Other(http.server.BaseHTTPRequestHandler):

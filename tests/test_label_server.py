@@ -1004,6 +1004,8 @@ def test_bad_input_ends_in_one_sentence(capsys, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "another --port" in fails(capsys, "--port", str(taken.getsockname()[1]))
     assert "directory" in fails(capsys, "--port", "0", "--database-url", "sqlite:///nowhere/x.sqlite")
+    for memory in ("sqlite://", "sqlite:///:memory:"):
+        assert "is no file" in fails(capsys, "--port", "0", "--database-url", memory)
     assert "not a database URL" in fails(capsys, "--port", "0", "--database-url", "x.sqlite")
     assert "neither SQLite's nor PostgreSQL's" in fails(capsys, "--port", "0", "--database-url", "mysql://x")
     away = "postgresql+psycopg://ann:secret@127.0.0.1:1/x"
@@ -1014,7 +1016,7 @@ def test_bad_input_ends_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "can't be opened" in fails(capsys, "--port", "0", "--database-url", "sqlite:///other.sqlite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.txt", "empty.txt", "other.sqlite"]
     (tmp_path / "label_server.tokens").write_text('{"trainer": 3')
-    assert "remove the file" in fails(capsys, "--port", "0", "--database-url", "sqlite://")
+    assert "remove the file" in fails(capsys, "--port", "0")
 
 
 def test_a_database_of_another_version_is_refused_and_kept(capsys, database_url, tmp_path):

@@ -464,6 +464,22 @@ def test_a_resumed_run_needs_no_other_run(tmp_path, quick):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_once_saves_and_twice_ends(tmp_path, signals):
+    """The first is answered at once, whatever the run is at; neither leaves a traceback."""
+    flags = ["--true-reward", "--env-id", "InvertedPendulum-v5", "--runs-dir", str(tmp_path), "--num-steps", "1024"]
+    command = [sys.executable, str(ROOT / "ppo_mujoco_rlhf.py"), *flags, "--num-envs", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown = [next(process.stdout) for _ in range(2)]
+    for _ in range(signals):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=120)
+    assert "InvertedPendulum" in shown[1] and "stopping after" in rest and "Traceback" not in errors
+    assert ("go on with --resume" in rest) == (only(tmp_path) / "checkpoint.pt").exists() == (signals == 1)
+    assert process.returncode == (0 if signals == 1 else -signal.SIGINT)
+
+
 def test_what_does_not_fit_a_run_is_refused(tmp_path, quick, capsys):
     run(tmp_path / "good", *FEEDBACK)
     good = only(tmp_path / "good")
@@ -491,8 +507,13 @@ def test_what_does_not_fit_a_run_is_refused(tmp_path, quick, capsys):
     refused("truncated", *labels, small=SMALL)
     refused("truncated", "--resume", str(good))
     shard.unlink()
-    refused("labels that the checkpoint counts", "--resume", str(good))
+    refused("has lost the file of label", *labels, small=SMALL)
     shard.write_bytes(whole)
+    newest = sorted((good / "preferences").iterdir())[-1]
+    whole = newest.read_bytes()
+    newest.unlink()
+    refused("labels that the checkpoint counts", "--resume", str(good))
+    newest.write_bytes(whole)
     args = json.loads((good / "args.json").read_text()) | {"script": "ppo_atari_rlhf"}
     (good / "args.json").write_text(json.dumps(args))
     refused("written by ppo_atari_rlhf", "--resume", str(good))

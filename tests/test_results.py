@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import draw
@@ -80,6 +82,7 @@ def test_a_users_own_run_joins_the_table_and_the_figure(tmp_path, monkeypatch, c
     run = {"script": "ppo_mujoco_rlhf", "hardware": "a computer", "command": "python x.py --oracle --runs-dir /secret"}
     (run_dir / "args.json").write_text(json.dumps(run))
     summary = row("Hopper-v5", "oracle", 4000.0, "700") | {"total_timesteps": 40000, "labels_used": 700}
+    summary |= {"finished": True}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     with SummaryWriter(str(run_dir)) as writer:
         for step, value in ((4000, 100.0), (8000, 300.0), (8000, 500.0), (31000, 900.0)):
@@ -133,6 +136,27 @@ def test_a_run_that_is_named_stands_out_whatever_taught_it(tmp_path, monkeypatch
     }
 
 
+def test_no_task_is_left_out_however_many_there_are(tmp_path, monkeypatch, capsys):
+    """And a run that was stopped before its score was known stands in the way of none."""
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path)
+    tasks = [*draw.TASKS, "HumanoidStandup-v5"]
+    rows = [row(task, "true-reward", score) | {"total_timesteps": 100} for task in tasks for score in (3.0, "")]
+    draw.write_csv(tmp_path / "mujoco.csv", [each | {"run": str(i)} for i, each in enumerate(rows)])
+    titles = []
+    monkeypatch.setattr(draw.plt, "close", lambda figure: titles.extend(ax.get_title() for ax in figure.axes))
+    draw.draw_mujoco(set())
+    assert sorted(title.split(",")[0] for title in titles if title) == sorted(tasks) and len(tasks) == 9
+    shown = capsys.readouterr().out
+    assert all(f"| {task} | – | 3.0 |" in shown for task in tasks)
+
+
+@pytest.mark.parametrize("given", ["nowhere", "README.md", "results/paper_figures.csv", "nowhere.csv"])
+def test_what_is_no_run_is_refused_before_anything_is_drawn(given):
+    done = subprocess.run([sys.executable, "results/draw.py", given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and given in done.stderr.splitlines()[-1] and not done.stdout
+
+
 def test_the_papers_atari_curves_stand_at_their_own_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "HERE", tmp_path)
     shutil.copy(ROOT / "results" / "paper_figures.csv", tmp_path)
@@ -171,7 +195,7 @@ def test_runs_exported_from_wandb_join_too(tmp_path, monkeypatch):
     assert new["run"] == "mine" and new["final_return_mean"] == "4000.0" and new["finished"] == "True"
     assert "lr" not in new and new["command"] == "exported from W&B"
     assert [(point["step"], point["return"]) for point in draw.read_curve("mine")] == [("20000", "2.0")]
-    with pytest.raises(SystemExit, match="neither"):
+    with pytest.raises(ValueError, match="neither"):
         draw.collect_export(tmp_path / "other.csv")
 
 

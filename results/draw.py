@@ -376,7 +376,7 @@ def draw_human() -> None:
 def draw_labels() -> None:
     """Normalised score against the number of labels: mean over tasks with its interval, tasks, and the paper's mean."""
     scores = normalised_scores(read_csv(HERE / "mujoco.csv"))
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6, 4.6), layout="constrained")
     labels = sorted(scores, key=int)
     for i, task in enumerate(sorted({task for tasks in scores.values() for task in tasks})):
         found = [(int(n), np.mean(scores[n][task])) for n in labels if task in scores[n]]
@@ -393,7 +393,7 @@ def draw_labels() -> None:
     ax.set_xlabel("labels")
     ax.set_ylabel("0: random policy, 1: true reward")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     figure.savefig(HERE / "labels.png", dpi=120)
     plt.close(figure)
     print(HERE / "labels.png")

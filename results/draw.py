@@ -443,7 +443,7 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
             if paper:
                 ax.bar(i + 0.2, (paper[-1] - zero) / (paper_one - zero), 0.4, color="0.7", label="the paper's")
         ax.set_xticks(range(len(ABLATIONS)), ABLATIONS, rotation=70, fontsize=8)
-        ax.set_ylim(-0.5, 2.25)
+        ax.set_ylim(-0.5, 2.5)
         ax.set_title(task, fontsize=10)
         ax.grid(axis="y", alpha=0.3)
     legend_once(axes[0, 0])

@@ -1525,8 +1525,10 @@ class LabelServer:
                     arrays = {name: pair[name][None] for name in label_shapes(preferences.clips) if name != "mu"}
                 preferences.add(arrays | {"mu": np.array([mu], np.float32)})
         count_answers(preferences, progress)
-        progress.last_event = events[-1]["seq"] if events else progress.last_event
         progress.open = reply["open"] + len(self.unsent)
+        if events:
+            progress.last_event = events[-1]["seq"]
+            self.polled_at = 0.0  # somebody is answering: there may be more at once
 
 
 def behind_schedule(progress, args: Args) -> bool:

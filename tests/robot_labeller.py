@@ -75,6 +75,7 @@ class Robot(threading.Thread):
                 continue
             last = self.answer(pair)
             if before and self.random.random() < self.undo:  # the server holds the last one back, not this one
+                self.stopping.wait(0.3)  # so that the trainer has mostly read it
                 body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
                 self.answer(json.loads(self.call("POST", f"/api/answers/{before}/retract", body))["pair"])
                 last = None

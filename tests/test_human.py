@@ -590,7 +590,7 @@ def test_a_run_lives_through_the_death_of_its_server_and_its_own(server, tmp_pat
     standing = [label for label in progress["answered"].values() if label >= 0]
     assert len(standing) == len(set(standing)) == summary["labels_used"] and summary["labels_used"] >= 45
     mus = labels["mu"][sorted(standing)]
-    assert np.isfinite(mus).all() and np.isnan(labels["mu"]).sum() == len(labels["mu"]) - len(standing)
+    assert np.isfinite(mus).all() and np.isnan(labels["mu"]).sum() == len(labels["mu"]) - len(standing) > 0
 
 
 @pytest.mark.parametrize("begins_with", ["nothing", "labels"])

@@ -1,40 +1,39 @@
-"""PPO on MuJoCo, paid by a reward model that is learned from comparisons of short clips.
+"""PPO on MuJoCo, paid by a reward model that is learned from comparisons of short clips. More: docs/mujoco.md
 
-"Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, in one file:
+"Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, in one file. `train` is
+this plot, with the same numbers:
 
-    label L(0) pairs of segments from the untrained policy, fit the ensemble to them
+    1. roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
     for each iteration
-        roll the policy out                                   the agent never sees env_rewards, score, lives, ends
-        pred_rewards  = the ensemble's, normalised, averaged  one model, one batch, just before the advantages
-        advantages, returns = compute_gae(pred_rewards, values, ...)
-        update_policy
-        when enough labels are due: ask about the most disputed pairs of segments from the recent pool
-        store each answer with a copy of its clips
-        update_reward_model on minibatches of these labels, then renew its statistics
+        2. roll the policy out                              the agent never sees env_rewards, score, lives, ends
+        3. pay it: the ensemble's rewards, normalised       one model, one batch, just before the advantages
+        4. advantages, returns = compute_gae(...); update_policy
+        5. when enough labels are due: ask about the most disputed pairs of segments from the recent pool
+        6. update_reward_model on minibatches of the labels so far, then renew its statistics
+        7. log; every reset_every iterations save, and start anew from what was saved
 
-    python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id Reacher-v5 --total-timesteps 100000    # a minute, any CPU
-    python ppo_mujoco_rlhf.py --oracle --labels 700       # Hopper, 2M steps: about 10 minutes on one CPU core
-    python ppo_mujoco_rlhf.py --human --labels 700        # people answer, on the page of label_server.py
-    python ppo_mujoco_rlhf.py --true-reward               # the same learner on the same observations, paid by the task
+A pair is a file, preferences/<number>.npz in the run's directory; an answer is a line in answers.jsonl beside it. The
+oracle appends that line at once, label_server.py when somebody has looked. Nothing else knows who answers.
 
-Where this differs from the paper, and why:
+    python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id Reacher-v5 --total-timesteps 100000   # a minute
+    python ppo_mujoco_rlhf.py --oracle --labels 700    # Hopper, 5M steps: about 15 minutes on one CPU core
+    python ppo_mujoco_rlhf.py --human --labels 700     # people answer; beside it: python label_server.py
+    python ppo_mujoco_rlhf.py --true-reward            # the same learner on the same observations, paid by the task
+
+Where this differs from the paper, and why (the evidence is in docs/mujoco.md):
   * PPO instead of TRPO: first-order, and in every reader's hands. Its passes over a rollout end once the policy is a KL
-    divergence of 0.02 away (at this rate Walker2d learned nothing without that), while labels are missing, of as much
-    less. Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
+    divergence of 0.02 away: at this rate Walker2d learned nothing without that.
+  * Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
-  * 2M steps instead of 20M; labels per run are the paper's, so they come ten times as densely.
-  * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11, T from the first update.
+  * 5M steps instead of 20M; labels per run are the paper's, so they come four times as densely.
+  * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * Pre-training ends when the held-out loss stops falling.
   * Rewards of std 0.1, not 1: PPO learns its value function by the same gradient steps as its policy, TRPO does not.
   * Gymnasium's v5 tasks on today's MuJoCo, in the paper's form: fixed length, no end before it, no torque penalties.
   * Episodes of 250 steps in InvertedPendulum; the paper does not give its length.
 """
 
-import base64
 import difflib
-import hashlib
-import http.client
-import itertools
 import json
 import math
 import os
@@ -46,17 +45,13 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -65,7 +60,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -73,11 +67,12 @@ SCRIPT = Path(__file__).stem
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run records
 QUERY_BATCH = 16  # ask as soon as so many labels are due
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
+OPEN_PAIRS = 100  # --human: while so many pairs wait for an answer, no more are asked
 REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
-SHEET = {"width": 256, "height": 256, "columns": 5, "pixelated": False}  # of the clips that people see
-WEBP_QUALITY = 85
-OPEN_QUERIES = 100  # --human: so many pairs wait at most, or all initial ones; newer ones replace older
+STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
+SAVE_SECONDS = 60  # between two checkpoints, at least
+CLIP = {"width": 384, "height": 384, "columns": 5, "pixelated": False}  # what people see of a clip
 
 
 def fail(message: str):
@@ -89,6 +84,29 @@ def fail(message: str):
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
+def within(kind: type, least: float, most: float = sys.float_info.max):
+    """An argument's type: numbers in least...most, others are refused with the flag's name. NaN lies in no range."""
+
+    def read(words: list[str]):
+        if not least <= (value := kind(words[0])) <= most:
+            bounds = f"in {least}...{most}" if most < 2**32 - 1 else f"{least} or more"
+            raise ValueError(f"{words[0]} is not {bounds}")
+        return value
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Count = Annotated[int, within(int, 1, 2**32 - 1)]
+Number = Annotated[int, within(int, 0, 2**32 - 1)]
+Share = Annotated[float, within(float, 0, 1)]
+Positive = Annotated[float, within(float, 1e-12)]
+Weight = Annotated[float, within(float, 0)]
 Ablation = Literal[
     "none", "random-queries", "no-ensemble", "no-online-queries", "no-regularization", "no-segments", "target"
 ]
@@ -97,158 +115,77 @@ Ablation = Literal[
 @dataclass
 class Args:
     # Run
-    oracle: bool = False
-    """reward learned from a synthetic oracle's answers (one of --oracle, --human, --true-reward is needed)"""
-    human: bool = False
-    """reward learned from people's answers"""
-    true_reward: bool = False
-    """no reward learning: the baseline, paid by the task's reward"""
-    seed: int = 1
-    """seed of everything: two runs with the same arguments end in the same parameters (on a CPU)"""
-    total_timesteps: int = 2_000_000
-    """steps over all environments; rounded up to whole rollouts"""
-    device: str = "cpu"
-    """"cpu", "cuda", "cuda:1", …; these networks are too small for a GPU to gain"""
-    torch_threads: int | None = None
-    """threads of PyTorch on the CPU; default: 1, since these networks are too small to share"""
-    compile: bool = False
-    """compile the policy's minibatch loss with torch.compile; gained nothing on the CPUs that it was tried on"""
-    runs_dir: str = "runs"
-    """where the run's own directory is made"""
-    resume: str | None = None
-    """continue the run in this directory, with that run's arguments; exact to the bit on a CPU"""
-    evaluate: str | None = None
-    """no training: score, video and predicted-against-true figure of the run in this directory"""
-    random: bool = False
-    """with --evaluate: score the uniformly random policy instead"""
+    oracle: bool = False  # reward learned from a synthetic oracle's answers; give this, --human or --true-reward
+    human: bool = False  # reward learned from people's answers, through label_server.py
+    true_reward: bool = False  # no reward learning: the baseline, paid by the task's reward
+    seed: Number = 1  # two runs with the same arguments end in the same parameters (on a CPU)
+    total_timesteps: Count = 5_000_000  # steps over all environments, in whole rollouts
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1", ...; these networks are too small for a GPU to gain
+    threads: Count = 1  # of PyTorch on the CPU; these networks are too small to share
+    runs_dir: str = "runs"  # where the run's own directory is made
+    resume: str | None = None  # go on with the run in this directory, with its arguments; exact to the bit on a CPU
+    reset_every: Count = 100  # iterations after which a checkpoint is saved and all environments start anew
 
     # Environment
-    env_id: str = "Hopper-v5"
-    """any Gymnasium MuJoCo task; the paper's eight have the paper's form"""
-    num_envs: int = 16
-    """environments stepped in parallel"""
-    reset_every: int = 100
-    """updates after which all environments start anew; a resumed run replays the actions since then"""
+    env_id: str = "Hopper-v5"  # any MuJoCo task registered with Gymnasium, or module:MyTask-v0
+    num_envs: Count = 16  # environments stepped in turn
 
     # Policy optimisation (CleanRL's ppo_continuous_action.py, but gamma and lambda as in A.1, 16 environments,
     # minibatches of 256 at a rate of 1e-3, no clipping of the value loss, a target_kl, a bonus, and bound_coef)
-    learning_rate: float = 1e-3
-    """learning rate of the policy's Adam"""
-    anneal_lr: bool = True
-    """let that rate fall linearly to zero"""
-    num_steps: int = 128
-    """steps per environment in one rollout"""
-    gamma: float = 0.995
-    """discount"""
-    gae_lambda: float = 0.97
-    """lambda of generalized advantage estimation"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 10
-    """passes over each rollout, at most"""
-    target_kl: float | None = 0.02
-    """end the passes after one whose mean KL divergence from the policy that acted exceeds this, times the share of
-    the labels that have come, if any are to come; None: never"""
-    norm_adv: bool = True
-    """give the advantages of each minibatch zero mean and unit std"""
-    clip_coef: float = 0.2
-    """PPO's clipping of the probability ratio"""
-    clip_vloss: bool = False
-    """clip the value loss likewise"""
-    ent_coef: float | None = None
-    """weight of the entropy bonus, which falls linearly to zero by half of the run; default as in the paper: 0.01 with
-    the predictor, in Swimmer 0.001, with --true-reward 0"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    bound_coef: float = 0.1
-    """weight of the penalty on mean actions out of bounds: the square of how far"""
-    max_grad_norm: float = 0.5
-    """gradients are clipped to this norm"""
+    learning_rate: Positive = 1e-3  # of the policy's Adam
+    anneal_lr: bool = True  # let that rate fall linearly to zero
+    num_steps: Count = 128  # steps per environment in one rollout
+    gamma: Share = 0.995  # discount
+    gae_lambda: Share = 0.97  # lambda of generalized advantage estimation
+    num_minibatches: Count = 8  # per epoch
+    update_epochs: Count = 10  # passes over each rollout, at most
+    target_kl: Weight | None = 0.02  # end the passes after one whose mean KL divergence exceeds this
+    norm_adv: bool = True  # give the advantages of each minibatch zero mean and unit std
+    clip_coef: Weight = 0.2  # PPO's clipping of the probability ratio
+    clip_vloss: bool = False  # clip the value loss likewise
+    ent_coef: Weight | None = None  # of the entropy bonus, zero from half of the run on; default: the paper's
+    vf_coef: Weight = 0.5  # weight of the value loss
+    bound_coef: Weight = 0.1  # weight of the penalty on mean actions out of bounds: the square of how far
+    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
 
     # Reward model
-    num_members: int = 3
-    """predictors in the ensemble"""
-    reward_learning_rate: float = 1e-3
-    """learning rate of the ensemble's Adam"""
-    reward_minibatch_size: int = 64
-    """pairs of clips per minibatch of the reward model"""
-    pairs_per_step: float = 1 / 8
-    """label presentations to the reward model per environment step"""
-    pretrain_pairs: int = 50_000
-    """label presentations before the first policy update, at most (in rounds of 32 minibatches); ends sooner when the
-    held-out loss stops falling"""
-    l2_coef: float = 1e-4
-    """weight decay to start with; adapted per member, within 1e-6 ... 1e-3, to bring held-out / training loss into
-    [1.1, 1.5]; --ablation no-regularization has none"""
-    reward_std: float = 0.1
-    """standard deviation of the reward that the policy is paid"""
-    reward_std_floor: float = 0.01
-    """a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise"""
+    num_members: Count = 3  # predictors in the ensemble
+    reward_learning_rate: Positive = 1e-3  # of the ensemble's Adam
+    reward_minibatch_size: Count = 64  # pairs of clips per minibatch of the reward model
+    pairs_per_step: Weight = 1 / 8  # label presentations per environment step
+    pretrain_pairs: Count = 50_000  # label presentations before the first policy update, at most
+    l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
+    reward_std: Positive = 0.1  # of the reward that the policy is paid
 
     # Preferences
-    labels: int | None = None
-    """label budget: new labels of this run; 700 unless --true-reward"""
-    segment_length: int | None = None
-    """steps per clip; default as in the paper 15 to 60, by the task"""
-    ablation: Ablation = "none"
-    """the paper's ablations"""
-    query_pool_steps: int = 20_000
-    """segments are drawn from the last so many steps"""
-    teacher_beta: float = math.inf
-    """imperfect teacher (B-Pref): answers are drawn from sigmoid(beta * difference)"""
-    teacher_gamma: float = 1.0
-    """imperfect teacher: weight gamma^(L-1-t) on step t, so early steps are forgotten"""
-    teacher_mistake: float = 0.0
-    """imperfect teacher: probability that a decided answer is flipped"""
-    teacher_skip: float = 0.0
-    """imperfect teacher: no answer if both sums lie below this quantile of the last 1,000 sums"""
-    teacher_equal: float = 0.0
-    """imperfect teacher: "equal" if the sums differ by less than this times the std of the last 1,000 sums"""
-    preferences: str | None = None
-    """run directory whose labels this run starts from"""
-    label_server: str = "http://127.0.0.1:8765"
-    """with --human: where label_server.py runs; its token: LABEL_SERVER_TOKEN, this URL, or ./label_server.tokens"""
-    wait_for_labels: bool = True
-    """with --human: wait for people while under 75 % of what is due is answered; for the initial labels in any case"""
-    reward_model: str | None = None
-    """run directory whose reward model pays this run's agent; unchanged but for its scale; needs --labels 0"""
+    labels: Number | None = None  # label budget: new labels of this run; 700 unless --true-reward
+    segment_length: Count | None = None  # steps per clip; default as in the paper 15 to 60, by the task
+    ablation: Ablation = "none"  # the paper's ablations
+    query_pool_steps: Count = 20_000  # segments are drawn from the last so many steps
+    teacher_beta: Annotated[float, within(float, 0, math.inf)] = math.inf  # answers from sigmoid(beta * difference)
+    teacher_gamma: Share = 1.0  # weight gamma^(L-1-t) on step t, so early steps are forgotten
+    teacher_mistake: Share = 0.0  # probability that a decided answer is flipped
+    teacher_skip: Share = 0.0  # no answer if both sums lie below this quantile of the last 1,000 sums
+    teacher_equal: Weight = 0.0  # "equal" if the sums differ by less than this times the std of the last 1,000 sums
+    preferences: str | None = None  # run directory whose labels this run starts from
+    reward_model: str | None = None  # run directory whose reward model pays this run's agent; needs --labels 0
+    wait_for_labels: bool = True  # --human: stand still while people are far behind, and for all before the last tenth
 
-    # Logging and checkpoints
-    track: bool = False
-    """log to Weights & Biases too (TensorBoard is always written)"""
-    wandb_project_name: str = "rlhf"
-    """the W&B project"""
-    wandb_entity: str | None = None
-    """the W&B team"""
-    log_every: int = 10
-    """updates between two progress lines"""
-    eval_every: int = 0
-    """updates between two evaluations during training; 0 evaluates at the end only"""
-    eval_episodes: int | None = None
-    """episodes per evaluation; default 10, and 100 of Reacher's short ones"""
-    checkpoint_every: int = 50
-    """updates between two checkpoints"""
+    # Logging
+    track: bool = False  # log to Weights & Biases too (TensorBoard is always written)
+    wandb_project_name: str = "rlhf"  # the W&B project
+    wandb_entity: str | None = None  # the W&B team
+    log_every: Count = 10  # iterations between two progress lines
+    eval_every: Number = 0  # iterations between two evaluations during training; 0 evaluates at the end only
+    eval_episodes: Count | None = None  # per evaluation; default 10, and 100 of Reacher's short ones
 
     @property
     def feedback(self) -> str:
         return "oracle" if self.oracle else "human" if self.human else "true-reward"
 
     @property
-    def asks_people(self) -> bool:
-        return self.human and bool(self.labels)
-
-    @property
     def batch_size(self) -> int:
         return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        size, rest = divmod(self.batch_size, self.num_minibatches)
-        if rest:
-            fail(f"--num-minibatches {self.num_minibatches} does not divide the rollout of {self.batch_size} steps")
-        if size < 2:
-            fail(f"--num-minibatches {self.num_minibatches} leaves one step per minibatch, which has no std")
-        return size
 
     @property
     def num_iterations(self) -> int:
@@ -274,131 +211,127 @@ class Args:
         return 0 if self.preferences or not self.labels else max(1, self.labels // 4)
 
     @property
-    def query_limit(self) -> int:
-        """Pairs asked at one occasion at most: so many fill half of the pool, and find room without overlap."""
-        return (self.pool_rows - self.clip_length) * self.num_envs // (4 * self.clip_length)
+    def query_batch(self) -> int:
+        """Few labels are asked for in ten batches, so that they don't all come at the end."""
+        return max(1, min(QUERY_BATCH, (self.labels - self.initial_labels) // 10))
 
 
-def check_values(args: Args) -> None:
-    """Refuse numbers out of range and devices that are not there."""
-    probabilities = {"gamma", "gae_lambda", "teacher_gamma", "teacher_mistake", "teacher_skip", "teacher_equal"}
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        most = 1 if name in probabilities else math.inf if name == "teacher_beta" else sys.float_info.max
-        if isinstance(value, float) and not 0 <= value <= most:  # nor does NaN lie in any range
-            fail(f"{flag} lies outside [0, 1]" if most == 1 else f"{flag} must be a number of at least 0")
-        if value == 0 and name in ("learning_rate", "reward_learning_rate", "reward_std", "reward_std_floor"):
-            fail(f"{flag} must be above 0")
-        least = 0 if name in ("seed", "labels", "eval_every") else 1
-        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**32:
-            fail(f"{flag} is negative" if value < 0 else f"{flag} must be at least {least} and below 2^32")
-    if not 1e-6 <= args.l2_coef <= 1e-3:
-        fail(f"--l2-coef {args.l2_coef} lies outside [1e-6, 1e-3], where it is kept")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device} is none of auto, cpu, cuda, cuda:1, ...")
-    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device} is not available here")
+def works(device: str) -> bool:
+    try:
+        return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError):
+        return False
 
 
-def check_args(args: Args) -> None:
-    """Refuse what can't be trained, before anything is written, and fill in the defaults that depend on the rest."""
-    if args.random:
-        fail("--random goes with --evaluate")
-    if args.oracle + args.human + args.true_reward != 1:
-        fail("give exactly one of --oracle, --human and --true-reward")
-    # Of v5: in older ones a robot that has fallen is paid its bonus for standing as soon as its end is hidden
-    tasks = [name for name, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)]
-    tasks = [name for name in tasks if name.endswith("-v5")]
-    if args.env_id not in tasks:
-        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4)
-        fail(f"{args.env_id} is not a v5 MuJoCo task; did you mean {' or '.join(near or ['Hopper-v5'])}?")
-    if args.labels is None:
-        args.labels = 0 if args.true_reward else 700
-    if args.eval_episodes is None:
-        args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
-    if args.segment_length is None:
-        steps = round(1.5 / make_task(args.env_id).unwrapped.dt)  # 1.5 s, within the range of the paper's tasks
-        args.segment_length = SEGMENT_LENGTH.get(args.env_id, int(np.clip(steps, 15, 60)))
-    if args.ent_coef is None:
-        args.ent_coef = 0.0 if args.true_reward else 0.001 if args.env_id == "Swimmer-v5" else 0.01
-    check_values(args)
-    imperfect = any(value != getattr(Args, name) for name, value in asdict(args).items() if name.startswith("teacher_"))
-    if args.ablation == "target" and imperfect:
-        fail("--ablation target gives true sums as targets: it takes no --teacher-* flags")
-    if args.human and (args.ablation == "target" or imperfect):
-        fail("--human takes no --teacher-* flags and no --ablation target: people give answers, not sums")
-    learning = imperfect or args.labels or args.preferences or args.reward_model or args.ablation != "none"
-    if args.true_reward and learning:
-        fail("--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model")
-    if args.reward_model and (args.labels or args.preferences or args.ablation != "none"):
-        fail("--reward-model is used as it is: it takes --labels 0, no --preferences and no --ablation")
-    if not (args.labels or args.true_reward or args.preferences or args.reward_model):
-        fail("--labels 0 leaves nothing to learn from: give --preferences or --reward-model")
-    if not args.labels and (imperfect or args.ablation in ("random-queries", "no-online-queries")):
-        fail("--labels 0 asks nothing: it takes no --teacher-* flags and no --ablation of the queries")
-    _ = args.minibatch_size  # fails where the division is inexact
-    if args.labels:
-        batch = max(1, min(QUERY_BATCH, args.initial_labels, args.query_limit))  # pairs per initial occasion
-        rows = batch * 4 * args.clip_length / args.num_envs + args.clip_length  # and the fresh rows that it needs
-        initial_updates = math.ceil(args.initial_labels / batch) * math.ceil(rows / args.num_steps)
-        updates = args.num_iterations - initial_updates  # that are left for the other labels
-        limit = args.query_limit
-        if args.asks_people:  # who are shown a batch at a time, and nothing at the last update
-            limit, updates = min(limit, QUERY_BATCH), updates - 1
-        if min(limit, updates) < 1 or args.labels - args.initial_labels > updates * limit:
-            fail(
-                f"--labels {args.labels} is more than {args.total_timesteps} steps can give with clips of "
-                f"{args.clip_length} and a pool of {args.query_pool_steps}: ask for fewer, or train longer"
-            )
-    for source in (args.preferences, args.reward_model):
-        if source and read_run(source)["args"]["env_id"] != args.env_id:
-            fail(f"{source} is a run of {read_run(source)['args']['env_id']}, not of {args.env_id}")
+def refuse(args: Args) -> None:
+    """End on what would train for hours on nothing, or would fail after something was written."""
+    try:
+        task = make_task(args.env_id)
+    except Exception as error:  # Gymnasium's own, and whatever somebody's module raises
+        tasks = [name for name, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)]
+        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or ["Hopper-v5"]
+        fail(f"{args.env_id} can't be made ({str(error).splitlines()[0]}); did you mean {' or '.join(near)}?")
+    if not isinstance(task.unwrapped, MujocoEnv):
+        fail(f"{args.env_id} is no MuJoCo task of Gymnasium's; did you mean Hopper-v5?")
+    teacher = [(name, getattr(args, name)) for name in Args.__annotations__ if name.startswith("teacher_")]
+    imperfect = any(value != getattr(Args, name) for name, value in teacher)
+    sources = [source for source in (args.preferences, args.reward_model) if source]
+    fresh = 4 * args.query_batch * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
+    refused = {
+        "give exactly one of --oracle, --human and --true-reward": args.oracle + args.human + args.true_reward != 1,
+        f"--device {args.device} is not available here": not works(args.device),
+        f"--num-minibatches {args.num_minibatches} does not divide the rollout of {args.batch_size} steps": (
+            args.batch_size % args.num_minibatches
+        ),
+        "--num-minibatches leaves one step per minibatch, which has no std": args.batch_size == args.num_minibatches,
+        "--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model": (
+            args.true_reward and (args.labels or imperfect or sources or args.ablation != "none")
+        ),
+        "--human takes no --teacher-* flags and no --ablation target: people give answers, not sums": (
+            args.human and (imperfect or args.ablation == "target")
+        ),
+        "--ablation target gives true sums as targets: it takes no --teacher-* flags": (
+            args.ablation == "target" and imperfect
+        ),
+        "--reward-model is used as it is: it takes --labels 0, no --preferences and no --ablation": (
+            args.reward_model and (args.labels or args.preferences or args.ablation != "none")
+        ),
+        "--labels 0 leaves nothing to learn from: give --preferences or --reward-model": (
+            not (args.labels or args.true_reward or sources)
+        ),
+        "--labels 0 asks nothing: it takes no --teacher-* flags and no --ablation of the queries": (
+            not args.labels and (imperfect or args.ablation in ("random-queries", "no-online-queries"))
+        ),
+        f"--labels {args.labels}: their clips have more steps than the run, {args.total_timesteps}": (
+            2 * args.clip_length * (args.labels - args.initial_labels) > args.total_timesteps
+        ),
+        f"--query-pool-steps {args.query_pool_steps} is too small for these clips; {fresh} would do": (
+            args.labels and args.query_pool_steps < fresh
+        ),
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            fail(message)
+    for source in sources:
+        other = read_run(source)["args"]
+        if other["env_id"] != args.env_id:
+            fail(f"{source} is a run of {other['env_id']}, not of {args.env_id}")
+    if args.preferences:
+        answers, _ = read_answers(Path(args.preferences) / "preferences" / "answers.jsonl")
+        if not any(answer["mu"] is not None for answer in answers):
+            fail(f"{args.preferences} has no answers: no label yet, or written by the first version of these scripts")
+        if (other["ablation"] == "no-segments", other["segment_length"]) != (
+            args.clip_length == 1,
+            args.segment_length,
+        ):
+            fail(f"{args.preferences} has clips of another length")
+    if args.track:
+        import wandb
 
-
-def resolve_hardware(args: Args) -> None:
-    """Replace "as fits this machine" by what that is, so that args.json and a resumed run name the same numbers."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.torch_threads = args.torch_threads or 1
-    if args.compile and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        print("no C++ compiler found: the policy update runs uncompiled")
-        args.compile = False
+        try:
+            if wandb.setup().settings.mode == "online":
+                wandb.login()  # else `wandb.init` would fail when the run's directory is there already
+        except wandb.errors.Error as error:
+            fail(f"--track: {error}")
+    if args.reward_model and not read_checkpoint(args.reward_model)["ensemble"]["renewals"]:
+        fail(f"{args.reward_model} has learned no reward model")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Parse the command line; W&B sweeps write `--oracle=True`, which tyro spells `--oracle`."""
+    """Parse the command line, fill in what depends on the rest, refuse what is wrong with exit code 2.
+
+    --resume RUN takes that run's arguments. What is given beside it overrides them, and is said in a line. W&B sweeps
+    write `--oracle=True`, which tyro spells `--oracle`.
+    """
     argv = sys.argv[1:] if argv is None else argv
     spelled = r"^--(?!no-)([\w-]+)=(True|False)$"
     argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__)
-    address, _, token = args.label_server.partition("?token=")
-    args.label_server = address.rstrip("/")
-    if token:  # a secret: args.json and W&B keep the command line
-        os.environ["LABEL_SERVER_TOKEN"] = token
-        sys.argv = [re.sub(r"\?token=\S*", "", arg) for arg in sys.argv]
-    given = {re.sub(r"^--(no-)?", "", arg.split("=")[0]).replace("-", "_") for arg in argv if arg.startswith("--")}
-    source = args.resume or args.evaluate
-    if args.resume and args.evaluate:
-        fail("give one of --resume and --evaluate")
-    if not source:
-        check_args(args)
-        return args
-    kept = {"device", "torch_threads", "track", "wandb_project_name", "wandb_entity"}
-    resuming = {"resume", "label_server", "wait_for_labels"}
-    kept |= {"evaluate", "random", "eval_episodes", "seed"} if args.evaluate else resuming
-    if given - kept:
-        flag = min(given - kept).replace("_", "-")
-        fail(f"--{'resume' if args.resume else 'evaluate'} takes its arguments from the run: --{flag} can't be changed")
-    run = read_run(source)
-    if run["script"] != SCRIPT:
-        fail(f"{source} was written by {run['script']}, not by {SCRIPT}")
-    if other := run["args"].keys() ^ asdict(args).keys():
-        fail(f"{source} is of another version of {SCRIPT}: {min(other)} is not an argument of both")
-    saved = Args(**run["args"])
-    for name in given:
-        setattr(saved, name, getattr(args, name))
-    check_values(saved)
-    return saved
+    if args.resume:
+        run = read_run(args.resume)
+        if run["script"] != SCRIPT or run["args"].keys() != asdict(args).keys():
+            copy = shlex.quote(str(Path(args.resume) / f"{run['script']}.py"))
+            fail(
+                f"{args.resume} was begun by another script or version; its copy can go on: python {copy} --resume ..."
+            )
+        args = tyro.cli(Args, args=argv, default=Args(**run["args"]))
+        for name in run["args"]:
+            if name != "resume" and getattr(args, name) != run["args"][name]:
+                print(f"--{name.replace('_', '-')} is {getattr(args, name)} from now on, not {run['args'][name]}")
+    if args.labels is None:
+        args.labels = 0 if args.true_reward else 700
+    if args.segment_length is None:
+        args.segment_length = segment_length(args.env_id)
+    if args.eval_episodes is None:
+        args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
+    if args.ent_coef is None:  # the paper's
+        args.ent_coef = 0.0 if args.true_reward else 0.001 if args.env_id == "Swimmer-v5" else 0.01
+    if args.device in ("auto", "cuda"):
+        args.device = "cuda:0" if args.device == "cuda" or torch.cuda.is_available() else "cpu"
+    refuse(args)
+    if args.reward_model:
+        args.num_members = len(read_checkpoint(args.reward_model)["ensemble"]["mean"])
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -431,23 +364,30 @@ def make_task(env_id: str, **kwargs) -> gym.Env:
         mujoco.set_mju_user_warning(None)
 
 
-def paper_reward(env_id: str, env: MujocoEnv, x_before: float) -> float:
-    """Reward of the step that led from position x_before to the state in env.data (A.1; coefficients of rl-teacher).
+def segment_length(env_id: str) -> int:
+    """Steps per clip: the paper's, or 1.5 s within the range of its tasks."""
+    if env_id in SEGMENT_LENGTH:
+        return SEGMENT_LENGTH[env_id]
+    return int(np.clip(round(1.5 / make_task(env_id).unwrapped.dt), 15, 60))
+
+
+def paper_reward(env_id: str, robot: MujocoEnv, x_before: float) -> float:
+    """Reward of the step that led from position x_before to the state in robot.data (A.1; rl-teacher's coefficients).
 
     Without torque penalties, which people can't see in a clip. A fall ends nothing: standing is paid instead.
     """
-    data = env.data
+    data = robot.data
     match env_id:
         case "Walker2d-v5":
-            return (data.qpos[0] - x_before) / env.dt + data.qpos[1] - 1
+            return (data.qpos[0] - x_before) / robot.dt + data.qpos[1] - 1
         case "Hopper-v5":
-            return (data.qpos[0] - x_before) / env.dt + data.qpos[1]
+            return (data.qpos[0] - x_before) / robot.dt + data.qpos[1]
         case "Swimmer-v5" | "HalfCheetah-v5":
-            return (data.qpos[0] - x_before) / env.dt
+            return (data.qpos[0] - x_before) / robot.dt
         case "Ant-v5":
-            return (data.qpos[0] - x_before) / env.dt + data.qpos[2] - 1.2
+            return (data.qpos[0] - x_before) / robot.dt + data.qpos[2] - 1.2
         case "Reacher-v5":
-            return -np.linalg.norm(env.get_body_com("fingertip") - env.get_body_com("target"))
+            return -np.linalg.norm(robot.get_body_com("fingertip") - robot.get_body_com("target"))
         case "InvertedDoublePendulum-v5":  # Gymnasium pays the 10 while the tip is above 1 only, the paper always
             x, _, y = data.site_xpos[0]
             _, v1, v2 = data.qvel
@@ -456,44 +396,105 @@ def paper_reward(env_id: str, env: MujocoEnv, x_before: float) -> float:
             return 1 - data.qpos[1] ** 2
 
 
-class FixedLength(gym.Wrapper):
-    """A task in the paper's form (A.1): every episode has the same length, nothing ends it before.
+class Envs:
+    """num_envs robots, stepped in turn, in the paper's form (A.1): all episodes have one length, nothing ends them before.
 
-    An episode that begins with a seed ends after `share` of that length: environments that start together would
-    otherwise be in the same part of an episode for ever, and so would be each rollout.
+    Observations: (N, D) float32, raw. The paper's tasks are stepped by MuJoCo itself, since half of the time of
+    Gymnasium's steps goes into infos, checks and wrappers; any other task steps itself, and pays its own reward.
     """
 
-    def __init__(self, env: gym.Env, share: float):
-        super().__init__(env)
-        self.task, self.simulator, self.share = env.spec.id, env.unwrapped, share
-        self.length = EPISODE_LENGTH.get(self.task) or gym.spec(self.task).max_episode_steps or 1000
+    def __init__(self, args: Args, num_envs: int):
+        self.tasks = [make_task(args.env_id) for _ in range(num_envs)]
+        self.robots, self.env_id = [task.unwrapped for task in self.tasks], args.env_id
+        space = self.tasks[0].action_space
+        self.low, self.high, self.num_obs = space.low, space.high, self.tasks[0].observation_space.shape[0]
+        self.episode = EPISODE_LENGTH.get(args.env_id) or gym.spec(args.env_id).max_episode_steps or 1000
+        self.finished: list[tuple[float, int]] = []  # true return and length of the episodes that have ended
 
-    def reset(self, *, seed=None, options=None):
-        self.left = self.length if seed is None else math.ceil(self.length * self.share)
-        return self.env.reset(seed=seed, options=options)[0], {}  # infos of 16 environments take a fifth of the time
+    def reset(self, seed: int) -> np.ndarray:
+        self.left = np.full(len(self.tasks), self.episode)  # steps to the end of each episode
+        self.score, self.length = np.zeros(len(self.tasks)), np.zeros(len(self.tasks), int)
+        return np.stack([task.reset(seed=seed + i)[0] for i, task in enumerate(self.tasks)]).astype(np.float32)
 
-    def step(self, action):
-        x_before = self.simulator.data.qpos[0]
-        obs, reward, *_ = self.env.step(action)
-        if self.task in SEGMENT_LENGTH:
-            reward = paper_reward(self.task, self.simulator, x_before)
-        self.left -= 1
-        return obs, reward, False, self.left == 0, {}
+    def stagger(self) -> None:
+        """End the episodes that have just begun one after the other. Environments that start together would otherwise
+        be in the same part of an episode for ever, and so would be each rollout."""
+        self.left = np.ceil(self.episode * (1 + np.arange(len(self.tasks))) / len(self.tasks)).astype(int)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Observations, and (N, ...) each: executed, the actions within bounds; led_to, the observation that the step
+        led to, which is not the next one where the episode ended; and, for oracle, baseline, evaluation and log only,
+        env_rewards."""
+        executed = actions.clip(self.low, self.high)
+        led_to, rewards = np.empty((len(actions), self.num_obs), np.float32), np.empty(len(actions))
+        for i, robot in enumerate(self.robots):
+            if self.env_id in SEGMENT_LENGTH:
+                x_before = robot.data.qpos[0]
+                robot.data.ctrl[:] = executed[i]
+                mujoco.mj_step(robot.model, robot.data, nstep=robot.frame_skip)
+                led_to[i], rewards[i] = robot._get_obs(), paper_reward(self.env_id, robot, x_before)
+            else:
+                led_to[i], rewards[i], *_ = self.tasks[i].step(executed[i])
+        self.left, self.score, self.length = self.left - 1, self.score + rewards, self.length + 1
+        obs, ended = led_to.copy(), self.left == 0
+        for i in np.flatnonzero(ended):
+            if self.length[i] == self.episode:  # the first after `stagger` is shorter
+                self.finished.append((self.score[i], self.length[i]))
+            self.left[i], self.score[i], self.length[i] = self.episode, 0, 0
+            obs[i] = self.tasks[i].reset()[0]
+        return obs, {"env_rewards": rewards, "ended": ended, "executed": executed, "led_to": led_to}
 
 
-def make_envs(args: Args, num_envs: int, stagger: bool = True, **kwargs) -> SyncVectorEnv:
-    """num_envs environments, stepped in turn. SAME_STEP: every row is a real step (the default inserts one per end).
+class Camera:
+    """Pictures for people: the positions and velocities of the last `rows` steps, drawn when they are asked for."""
 
-    Observations (N, D) float64 in a buffer that the next step overwrites.
-    """
-    shares = [(i + 1) / num_envs if stagger else 1.0 for i in range(num_envs)]
-    makers = [lambda share=share: FixedLength(make_task(args.env_id, **kwargs), share) for share in shares]
-    return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    def __init__(self, args: Args, num_envs: int, rows: int, first_row: int = 0):
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
+        self.num_envs, self.kept, self.next_row = num_envs, deque(maxlen=rows), first_row
+        model = make_task(args.env_id).unwrapped.model
+        named = {"camera_name": "track"} if "track" in [model.camera(i).name for i in range(model.ncam)] else {}
+        size = {"width": CLIP["width"], "height": CLIP["height"]}
+        self.robot = make_task(args.env_id, render_mode="rgb_array", **size, **named).unwrapped
+        self.robot.reset()
+        self.robot.render()
+        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.robot.mujoco_renderer.viewer.scn.flags[effect] = 0  # four fifths of the time
+
+    def record(self, envs: Envs, actions: np.ndarray):
+        robots = envs.robots[: self.num_envs]
+        self.kept.append([np.concatenate([robot.data.qpos, robot.data.qvel]) for robot in robots])
+        self.next_row += 1
+
+    def first_row(self) -> int:
+        return self.next_row - len(self.kept)
+
+    def frames(self, env: int, row: int, length: int) -> np.ndarray:
+        """(n, H, W, 3) RGB from this row of an environment on; of more than thirty steps every second, and so on."""
+        frames = []
+        for t in shown_steps(length):
+            self.robot.set_state(*np.split(self.kept[row + t - self.first_row()][env], [self.robot.model.nq]))
+            frames.append(self.robot.render())
+        return np.stack(frames)
+
+    def picture(self, env: int, row: int, length: int) -> bytes:
+        return sprite_sheet(self.frames(env, row, length), quality=80)
 
 
-def derive_seed(*key: int) -> int:
-    """A 31-bit seed from (run seed, purpose, index): purposes never share a stream."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+def shown_steps(length: int) -> range:
+    """The steps of a clip that people see: thirty at most, in a second and a half."""
+    return range(0, length, math.ceil(length / 30))
+
+
+def sprite_sheet(frames: np.ndarray, quality: int) -> bytes:
+    """The frames of a clip, (L, H, W, 3) RGB, on one WebP image, CLIP["columns"] in a row."""
+    import cv2
+
+    columns, (height, width) = CLIP["columns"], frames.shape[1:3]
+    cells = np.zeros((math.ceil(len(frames) / columns) * columns, height, width, 3), np.uint8)
+    cells[: len(frames)] = frames[..., ::-1]  # OpenCV's order
+    image = cells.reshape(-1, columns, height, width, 3).swapaxes(1, 2).reshape(-1, columns * width, 3)
+    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,13 +548,13 @@ class Agent(nn.Module):
     def get_value(self, x):
         return self.critic(self.normalise(x)).flatten()
 
-    def get_action_and_value(self, x, action=None, generator=None):
+    def get_action_and_value(self, x, action=None):
         """Actions (B, A), not clamped yet, and (B,) each: their log-probability, entropy, value, and the square of how
         far the mean lies out of bounds."""
         x = self.normalise(x)
         mean, std = self.actor_mean(x), self.actor_logstd.exp()
         if action is None:
-            action = mean + std * torch.empty_like(mean).normal_(generator=generator)
+            action = mean + std * torch.empty_like(mean).normal_()
         logprob = (-0.5 * ((action - mean) / std) ** 2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(x))
         excess = ((mean - mean.clamp(self.low, self.high)) ** 2).sum(-1)
@@ -613,18 +614,18 @@ class RewardEnsemble(nn.Module):
         self.eval()
         return torch.cat([self(part) for part in x.split(batch)])
 
-    def normalise(self, raw, floor: float, reward_std: float) -> torch.Tensor:
+    def normalise(self, raw, reward_std: float) -> torch.Tensor:
         """(B, M) raw -> (B,) reward: each member normalised, then averaged, then scaled to reward_std (section 2.2.1).
 
         The average of members that don't agree has less than unit std, 1 / sqrt(M) if they are independent; that much
         is scaled back up. What is smaller still is the floor's doing: an uninformed model pays little.
         """
-        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        average = ((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1)
         return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
 
     @torch.no_grad()
-    def renew_statistics(self, x, floor: float):
-        """Mean and std of each member, and std of their average, over recent rows (B, D).
+    def renew_statistics(self, x):
+        """Mean and std of each member, and std of their average, over recent rows (B, ...).
 
         The means are not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update.
         A mean that lags is an offset in the reward, and GAE turns that into a slope over each rollout.
@@ -632,22 +633,20 @@ class RewardEnsemble(nn.Module):
         raw = self.score(x)
         self.mean.copy_(raw.mean(0))
         self.std.lerp_(raw.std(0), 0.5 if self.renewals else 1.0)
-        average = ((raw - self.mean) / self.std.clamp(min=floor)).mean(1)
+        average = ((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1)
         self.average_std.lerp_(average.std(), 0.5 if self.renewals else 1.0)
         self.renewals += 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Preferences
+# Pairs and answers
 # ----------------------------------------------------------------------------------------------------------------------
-def clip_shapes(length: int, num_obs: int, num_actions: int) -> dict:
-    """What is kept of a clip of L steps: raw observations, and actions as they were executed."""
-    return {"obs": ((length, num_obs), "float32"), "actions": ((length, num_actions), "float32")}
-
-
 def model_inputs(clips: dict) -> torch.Tensor:
     """n clips -> what the reward model reads of their rows, (n L, D): observation and action."""
-    return torch.cat([clips["obs"], clips["actions"]], -1).flatten(0, 1)
+    return torch.cat([clips["obs"], clips["executed"]], -1).flatten(0, 1)
+
+
+CLIP_ARRAYS = ("obs", "executed")  # that a clip consists of
 
 
 class SegmentPool:
@@ -658,20 +657,21 @@ class SegmentPool:
         self.rows, self.count = rows, 0  # capacity, and rows since the start of the run, per environment
         self.streams = {
             "obs": torch.zeros(rows, num_envs, num_obs, device=device),
-            "actions": torch.zeros(rows, num_envs, num_actions, device=device),
+            "executed": torch.zeros(rows, num_envs, num_actions, device=device),
             "oracle_rewards": torch.zeros(rows, num_envs, device=device),
             "pred_rewards": torch.zeros(rows, num_envs, device=device),
         }
 
-    def add(self, **streams):
-        """Append a rollout: (T, N, ...) of every stream. Only the newest rows fit."""
+    def add(self, rollout: dict, oracle_rewards: torch.Tensor, pred_rewards: torch.Tensor):
+        """Append a rollout, (T, N, ...) of every stream. Only the newest rows fit."""
+        given = rollout | {"oracle_rewards": oracle_rewards, "pred_rewards": pred_rewards}
         for name, stream in self.streams.items():
-            new = torch.as_tensor(streams[name])
+            new = given[name]
             at = (torch.arange(len(new), device=stream.device) + self.count)[-self.rows :] % self.rows
             stream[at] = new[-self.rows :].to(stream)
         self.count += len(new)
 
-    def first_start(self) -> int:
+    def first_row(self) -> int:
         """The oldest row that is still there."""
         return max(0, self.count - self.rows)
 
@@ -682,27 +682,136 @@ class SegmentPool:
         return stream[(rows[:, None] + torch.arange(first, last, device=stream.device)) % self.rows, envs[:, None]]
 
     def clips(self, starts: np.ndarray, length: int) -> dict:
-        """Copies of the segments at starts, (n, ...) as in `clip_shapes`."""
-        return {name: self.gather(name, starts, 0, length) for name in ("obs", "actions")}
+        """Copies of the segments at starts, (n, ...) as `model_inputs` reads them."""
+        return {name: self.gather(name, starts, 0, length) for name in CLIP_ARRAYS}
 
 
-def sample_pairs(rng, num: int, first: int, last: int, num_envs: int) -> np.ndarray:
-    """Pairs of segments, (num, 2, 2) of (environment, start row); every start in first...last is equally likely."""
-    envs = rng.integers(num_envs, size=(num, 2))
-    return np.stack([envs, rng.integers(first, last + 1, size=(num, 2))], -1)
+def sample_segments(rng, num: int, first: int, last: int, num_envs: int) -> np.ndarray:
+    """Segments, (num, 2) of (environment, start row); every start in first...last is equally likely."""
+    return np.stack([rng.integers(num_envs, size=num), rng.integers(first, last + 1, size=num)], 1)
 
 
-def take_disjoint(pairs: np.ndarray, num: int, length: int) -> np.ndarray:
-    """The first num pairs of which no row is used twice, neither within a pair nor between pairs; (<= num, 2, 2)."""
-    chosen, taken = [], set()
-    for pair in pairs.tolist():
-        rows = {(env, start + t) for env, start in pair for t in range(length)}
-        if len(chosen) < num and len(rows) == 2 * length and not rows & taken:
-            chosen.append(pair)
-            taken |= rows
-    return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
+def write_whole(path: Path, write) -> None:
+    """Write beside, flush, rename: a name stands for whole content, whatever is killed or full meanwhile."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
+def read_answers(journal: Path, position: int = 0) -> tuple[list[dict], int]:
+    """The answers from this byte of answers.jsonl on, and the byte after them. A last line without its newline is not
+    whole yet. What is no answer is passed over: whoever wrote there may have been killed in the middle of a line."""
+    answers, text = [], b""
+    if journal.exists():
+        with open(journal, "rb") as file:
+            file.seek(position)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+    for line in text.splitlines():
+        try:
+            answer = json.loads(line)
+            if isinstance(answer["pair"], int) and answer["mu"] in (0, 0.5, 1, None):
+                answers.append(answer)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return answers, position + len(text)
+
+
+class Preferences:
+    """Pairs of clips and the answers to them: files in the run's preferences/, and the newest labels in memory.
+
+    00000012.npz is a pair: both clips' arrays, (2, ...) each, and their true `sums`; written once, never changed.
+    A line {"pair": 12, "mu": 1.0} of answers.jsonl is its answer, the probability that the first clip is preferred:
+    1 or 0, 0.5 for "equal", null for "can't tell" or a teacher's skip. The first line of a pair counts. Lines marked
+    "loaded" came with --preferences.
+    """
+
+    def __init__(self, folder: Path, asked: int, window: int | None, args: Args):
+        """Take up what lies in the folder. Of the oracle's pairs `asked` count: it asks later ones again and gets the
+        answers that lie there, so that a resumed run is the same run. Of people's, all count."""
+        self.folder, self.journal, self.window = folder, folder / "answers.jsonl", window or sys.maxsize
+        self.device, self.members, self.position = args.device, args.members, 0  # bytes of the journal that were read
+        self.answered: set[int] = set()
+        self.waiting: list[dict] = []  # answers to pairs that the oracle is about to ask again
+        self.labels: list[dict] = []  # arrays of the newest `window`
+        self.used = self.ties = self.skipped = self.loaded = 0  # labels of this run, ties among them; no answer; loaded
+        loaded = [answer["pair"] for answer in read_answers(self.journal)[0] if answer.get("loaded")]
+        on_disk = [int(path.stem) for path in folder.glob("*.npz") if args.human and path.stem.isdigit()]
+        self.first = 1 + max(loaded, default=-1)  # pair of this run
+        self.asked = 1 + max([self.first - 1, asked - 1, *on_disk])
+        recent = [number for number in range(self.asked - 500, self.asked) if self.path(number).exists()]
+        self.recent_sums = deque([x for number in recent for x in self.pair(number)["sums"]], maxlen=1000)
+        self.read()
+
+    @property
+    def open(self) -> int:
+        """Pairs that wait for an answer."""
+        return self.asked - self.first - self.used - self.skipped
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.npz"
+
+    def pair(self, number: int) -> dict:
+        try:
+            with np.load(self.path(number), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except Exception as error:  # a damaged file fails in as many ways as it has bytes
+            fail(f"{self.path(number)} can't be read ({error.__class__.__name__})")
+
+    def ask(self, arrays: dict, pictures: list[bytes]) -> int:
+        """Store a pair, its pictures first, and return its number. One that lies there already stays as it is."""
+        number, self.asked = self.asked, self.asked + 1
+        self.recent_sums.extend(arrays["sums"])
+        if not self.path(number).exists():
+            for side, picture in enumerate(pictures):
+                seen = self.path(number).with_suffix(f".{side}.webp")
+                write_whole(seen, lambda file, picture=picture: file.write(picture))
+            write_whole(self.path(number), lambda file: np.savez_compressed(file, **arrays))
+        return number
+
+    def answer(self, number: int, mu: float | None):
+        if number not in self.answered:
+            with open(self.journal, "a") as file:
+                file.write(json.dumps({"pair": number, "mu": mu}) + "\n")
+
+    def read(self):
+        """Make labels of the answers that are new."""
+        lines, self.position = read_answers(self.journal, self.position)
+        for line in lines:
+            if line["pair"] not in self.answered:
+                self.answered.add(line["pair"])
+                self.waiting.append(line)
+        ready = [line for line in self.waiting if line["pair"] < self.asked]
+        self.waiting = [line for line in self.waiting if line["pair"] >= self.asked]
+        own = [line["mu"] for line in ready if not line.get("loaded")]
+        self.skipped, self.ties = self.skipped + own.count(None), self.ties + own.count(0.5)
+        self.used += len(own) - own.count(None)
+        labels = [line for line in ready if line["mu"] is not None]
+        self.loaded += len(labels) - len(own) + own.count(None)
+        for line in labels[-self.window :]:
+            label = {name: torch.as_tensor(x, device=self.device) for name, x in self.pair(line["pair"]).items()}
+            label["mu"] = torch.tensor(line["mu"], dtype=torch.float32, device=self.device)
+            label["weights"] = bootstrap_weights(line["pair"], self.members).to(self.device)
+            self.labels.append(label)
+        self.labels = self.labels[-self.window :]
+
+    def batch(self, at) -> tuple:
+        """Labels at these places of the window: model inputs (2 n L, ...), mu (n,), sums (n, 2), weights (n, M)."""
+        labels = [self.labels[i] for i in at]
+        clips = {name: torch.cat([label[name] for label in labels]) for name in CLIP_ARRAYS}
+        mu, sums, weights = (torch.stack([label[name] for label in labels]) for name in ("mu", "sums", "weights"))
+        return model_inputs(clips), mu, sums, weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Maths of preferences (section 2.2)
+# ----------------------------------------------------------------------------------------------------------------------
 def preference_probability(difference):
     """P[clip 0 preferred] of Bradley-Terry with 10 % uniformly random answers: 0.9 sigma + 0.05 (section 2.2.3)."""
     return 0.9 * torch.sigmoid(difference) + 0.05
@@ -734,185 +843,57 @@ def disagreement(sums, ablation: str):
     return (difference if ablation == "target" else preference_probability(difference)).var(-1, correction=0)
 
 
-def bootstrap_weights(label_ids, members: int) -> np.ndarray:
-    """Poisson(1) weight of each label for each member, (n, M): the bootstrap of a set that still grows.
+def bootstrap_weights(pair: int, members: int) -> torch.Tensor:
+    """Poisson(1) weight of a label for each member, (M,): the bootstrap of a set that still grows.
 
-    Depends on nothing but (label, member). Weight 0, of probability 1/e, holds the label out for that member for
-    ever (section 2.2.3), whether it is saved, loaded or leaves the window.
+    Depends on nothing but (pair, member). Weight 0, of probability 1/e, holds the label out for that member for ever
+    (section 2.2.3), whether it is saved, loaded or leaves the window.
     """
-    draws = [[np.random.default_rng((i, m)).poisson(1.0) for m in range(members)] for i in label_ids]
-    return np.array(draws, dtype=np.float32).reshape(-1, members)
+    draws = [np.random.default_rng((pair, member)).poisson(1.0) for member in range(members)]
+    return torch.tensor(draws, dtype=torch.float32)
 
 
-def teacher_answers(rng, rewards, recent_sums, args: Args):
-    """Answers of the oracle, or of an imperfect teacher after B-Pref (Lee et al. 2021).
+def teacher_answer(rng, rewards: np.ndarray, recent_sums, args: Args) -> float | None:
+    """The oracle's answer to a pair, or an imperfect teacher's after B-Pref (Lee et al. 2021).
 
-    rewards: (n, 2, L), what the oracle adds up. recent_sums: the last 1,000 segment sums. Out: mu (n,), the
-    probability that clip 0 is preferred: 1, 0 or 1/2 for "equal"; and skipped (n,). Equal (weighted) sums are ties.
-    B-Pref's thresholds are a share of the mean return, which turns around where rewards are negative; here `equal`
-    is a share of the sums' standard deviation, and `skip` is a quantile of the sums.
+    rewards: (2, L), what the oracle adds up. recent_sums: the last 1,000 segment sums, this pair's included. Out: mu,
+    or None for "can't tell". Equal (weighted) sums are ties. B-Pref's thresholds are a share of the mean return, which
+    turns around where rewards are negative; here `equal` is a share of the sums' std, and `skip` is a quantile of them.
     """
-    sums = rewards.sum(-1)
-    weighted = rewards * args.teacher_gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
-    difference = np.round(weighted[:, 0].sum(-1) - weighted[:, 1].sum(-1), 5)  # 0.9 and 1 - 0.1 are the same
-    if math.isinf(args.teacher_beta):
-        prefers_first = difference > 0
-    else:
-        p = 0.5 * (1 + np.tanh(0.5 * args.teacher_beta * difference))  # sigmoid that can't overflow
-        prefers_first = rng.random(len(sums)) < p
-    mu = np.where(difference == 0, 0.5, prefers_first)
-    flipped = rng.random(len(sums)) < args.teacher_mistake
-    mu = np.where(flipped, 1 - mu, mu)
-    recent = recent_sums if len(recent_sums) else [math.nan]  # no sum lies below, before the first answers
-    mu = np.where(np.abs(sums[:, 0] - sums[:, 1]) < args.teacher_equal * np.std(recent), 0.5, mu)
-    skipped = (sums < np.quantile(recent, args.teacher_skip)).all(1) & (args.teacher_skip > 0)
-    return mu.astype(np.float32), skipped
+    sums = rewards.sum(1)
+    if args.teacher_skip and (sums < np.quantile(recent_sums, args.teacher_skip)).all():
+        return None
+    weighted = rewards * args.teacher_gamma ** np.arange(rewards.shape[1] - 1, -1, -1)
+    difference = round(float(weighted[0].sum() - weighted[1].sum()), 5)  # 0.9 and 1 - 0.1 are the same
+    if difference == 0 or abs(sums[0] - sums[1]) < args.teacher_equal * np.std(recent_sums):
+        return 0.5
+    prefers_first = difference > 0
+    if args.teacher_beta < math.inf:  # a sigmoid that can't overflow
+        prefers_first = rng.random() < 0.5 * (1 + math.tanh(0.5 * args.teacher_beta * difference))
+    return float(prefers_first != (rng.random() < args.teacher_mistake))
 
 
-def label_schedule(step: int, total_steps: int, initial: int, budget: int) -> int:
+def label_schedule(step: float, total_steps: float, initial: int, budget: int) -> int:
     """Labels due after `step` environment steps: the rate falls like 1 / (T + tau), tau = total / 10 (A.1, A.2)."""
-    return int(initial + (budget - initial) * math.log1p(10 * step / max(total_steps, 1)) / math.log(11) + 1e-6)
-
-
-def label_shapes(clips: dict) -> dict:
-    """A label: two clips, answer mu, the oracle's two sums, and (environment, row) of both in the run that asked."""
-    of_clips = {name: ((2, *shape), dtype) for name, (shape, dtype) in clips.items()}
-    return of_clips | {"mu": ((), "float32"), "returns": ((2,), "float32"), "segments": ((2, 2), "int64")}
-
-
-def write_whole(path: Path, write) -> None:
-    """Write beside, flush, rename: a name stands for whole content, whatever is killed or full meanwhile."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-class Preferences:
-    """The newest labels, each with copies of its two clips, and the files that hold all labels ever given.
-
-    A shard preferences/<first label>.npz is written once, when its answers come in, and never changed: the arrays of
-    `label_shapes`, (n, ...) each. `count` labels were added so far; label i has id i, and lies at i % capacity here.
-    """
-
-    def __init__(self, folder: Path, capacity: int, clips: dict, members: int, device):
-        self.folder, self.capacity, self.members, self.clips, self.count = folder, capacity, members, clips, 0
-        self.arrays = {
-            name: torch.as_tensor(np.empty((capacity, *shape), dtype), device=device)
-            for name, (shape, dtype) in label_shapes(clips).items()
-        }
-        self.weights = torch.empty(capacity, members, device=device)
-        self.known: dict[frozenset, int] = {}  # pairs of segments asked about -> their label, -1: not answered yet
-        self.mu: list[float] = []  # of all labels ever given, NaN: taken back
-
-    def __len__(self):
-        return min(self.count, self.capacity)
-
-    def add(self, answers: dict, save: bool = True):
-        """Append n labels (numpy, shapes as in a shard) to the disk and to the window."""
-        n = len(answers["mu"])
-        if save and n:
-            write_whole(self.folder / f"{self.count:08d}.npz", lambda file: np.savez_compressed(file, **answers))
-        ids = np.arange(self.count, self.count + n)[-self.capacity :]
-        at = torch.as_tensor(ids % self.capacity, device=self.weights.device)
-        for name, array in self.arrays.items():
-            array[at] = torch.as_tensor(answers[name][-len(ids) :]).to(array)
-        self.weights[at] = torch.as_tensor(bootstrap_weights(ids, self.members)).to(self.weights)
-        self.remember(answers["segments"], self.count)
-        self.mu += answers["mu"].tolist()
-        self.count += n
-        for i in np.flatnonzero(np.isnan(answers["mu"])):
-            self.retract(self.count - n + int(i))
-
-    def retract(self, label: int):
-        """Take a label back: an empty file says so for ever, and nothing is trained or judged on it any more: a tie,
-        which is not decisive, of weight 0."""
-        (self.folder / f"{label:08d}.retracted").touch()
-        self.mu[label] = math.nan
-        if label >= self.count - self.capacity:
-            self.arrays["mu"][label % self.capacity] = 0.5
-            self.weights[label % self.capacity] = 0
-
-    def restore(self, count: int, by_people: bool = False):
-        """Read the labels that a checkpoint counts back from the disk. Later ones are removed where the oracle gave
-        them, since the same will come again, and kept where people did."""
-        for answers in read_shards(self.folder, self.clips, math.inf if by_people else count):
-            self.add(answers, save=False)
-        if self.count < count:
-            fail(f"{self.folder} holds {self.count} of the {count} labels that the checkpoint counts")
-        for path in self.folder.iterdir():
-            if path.suffix == ".tmp" or (path.stem.isdigit() and int(path.stem) >= self.count):
-                path.unlink()
-
-    def remember(self, pairs: np.ndarray, label: int | None = None):
-        """These pairs of segments, (n, 2, 2), were asked about; labels from `label` on, if they are answered."""
-        for i, pair in enumerate(pairs.tolist()):
-            self.known[frozenset(map(tuple, pair))] = -1 if label is None else label + i
-
-    def standing(self, pair: np.ndarray) -> int | None:
-        """The label of a pair of segments, (2, 2); None where there is none, or it was taken back."""
-        label = self.known.get(frozenset(map(tuple, pair.tolist())), -1)
-        return label if label >= 0 and math.isfinite(self.mu[label]) else None
-
-    def asked(self, pairs: np.ndarray) -> np.ndarray:
-        """(n,) True where this pair of segments, in either order, was asked about already."""
-        return np.array([frozenset(map(tuple, pair)) in self.known for pair in pairs.tolist()], dtype=bool)
-
-    def batch(self, at):
-        """Labels at these places of the window: model inputs (2 n L, ...), mu, returns, weights.
-
-        The returns are standardised over the window: the scale of what is fitted to them is free, and their mean, for
-        which the ensemble has no bias, is the same constant in every step.
-        """
-        at = torch.as_tensor(at, device=self.weights.device)
-        clips = {name: self.arrays[name][at].flatten(0, 1) for name in self.clips}
-        returns = self.arrays["returns"][: len(self)]
-        returns = (self.arrays["returns"][at] - returns.mean()) / returns.std().clamp(min=1e-6)
-        return model_inputs(clips), self.arrays["mu"][at], returns, self.weights[at]
-
-
-def read_shards(folder: Path, clips: dict, until: float = math.inf):
-    """Yield the arrays of each shard in a run's preferences/ that begins before label `until`; exit code 2 if unfit.
-
-    mu is NaN where somebody took an answer back.
-    """
-    shapes, label = label_shapes(clips), 0
-    for path in sorted(path for path in folder.glob("*.npz") if path.stem.isdigit() and int(path.stem) < until):
-        if int(path.stem) != label:
-            fail(f"{folder} has lost the file of label {label}")
-        try:
-            with np.load(path, allow_pickle=False) as shard:
-                arrays = {name: shard[name] for name in shapes}
-        except Exception as error:
-            fail(f"{path} can't be read ({error.__class__.__name__}): is it truncated?")
-        if any(arrays[name].shape != (*arrays["mu"].shape[:1], *shape) for name, (shape, _) in shapes.items()):
-            fail(f"{path} holds other clips than this run's: {clips}")
-        for i in range(len(arrays["mu"])):
-            if (folder / f"{label + i:08d}.retracted").exists():
-                arrays["mu"][i] = np.nan
-        label += len(arrays["mu"])
-        yield arrays
+    share = min(step / total_steps, 1)
+    return int(initial + (budget - initial) * math.log1p(10 * share) / math.log(11) + 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Policy maths
+# Maths of the policy
 # ----------------------------------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalized advantage estimation; all (T, N).
 
-    next_values[t]: value of the state that row t led to; the caller puts 0 after a true end and V(final_obs) at a
-    time limit. dones[t]: 1 where row t is the last of its episode; the trace stops there. Out: advantages, returns.
+    next_values[t]: value of the state that row t led to, 0 if that is none: the caller's. dones[t]: 1 where row t is
+    the last of its episode; the trace stops there. Out: advantages, returns.
     """
     deltas = rewards + gamma * next_values - values
+    decays = gamma * gae_lambda * (1 - dones)
     advantages = torch.empty_like(deltas)
     lastgaelam = torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = lastgaelam = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+        advantages[t] = lastgaelam = deltas[t] + decays[t] * lastgaelam
     return advantages, advantages + values
 
 
@@ -938,29 +919,22 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     return loss, {name: value.detach() for name, value in info.items()}
 
 
-def minibatch_loss(agent: Agent, args: Args, obs, actions, *rest):
-    """Forward pass and loss of one minibatch, apart from `update_policy` so that it can be compiled.
-
-    Out of bounds all actions are one action, so nothing in PPO's loss leads a mean back that got there; and the early
-    predictors' errors lead it there.
-    """
-    _, newlogprob, entropy, newvalue, excess = agent.get_action_and_value(obs, actions)
-    loss, info = policy_loss(newlogprob, entropy, newvalue, *rest, args)
-    return loss + args.bound_coef * excess.mean(), info | {"out_of_bounds": excess.detach().mean()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Updates
 # ----------------------------------------------------------------------------------------------------------------------
-def update_policy(agent, optimizer, loss_function, rollout, rng, args: Args) -> dict:
+def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
     """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
     (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
     *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
         b_inds = torch.as_tensor(rng.permutation(len(b_values)), device=b_values.device)
-        for mb_inds in b_inds.split(args.minibatch_size):
-            loss, info = loss_function(agent, args, *(b[mb_inds] for b in rollout))
+        for mb_inds in b_inds.chunk(args.num_minibatches):
+            obs, actions, *rest = (b[mb_inds] for b in rollout)
+            _, newlogprob, entropy, newvalue, excess = agent.get_action_and_value(obs, actions)
+            loss, info = policy_loss(newlogprob, entropy, newvalue, *rest, args)
+            # Out of bounds all actions are one action, so nothing in PPO's loss leads a mean back that got there
+            loss, info["out_of_bounds"] = loss + args.bound_coef * excess.mean(), excess.detach().mean()
             optimizer.zero_grad()
             loss.backward()
             info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -981,8 +955,8 @@ def decisive_sums(ensemble: RewardEnsemble, preferences: Preferences, at, args: 
     [0] over the labels held out for a member, [1] over those it is fitted to. Evaluation mode. Ties are left out:
     they put ln 2 into both and hide that a member learns its labels by heart.
     """
-    stacks, mu, returns, weights = preferences.batch(at)
-    sums = ensemble.score(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+    inputs, mu, returns, weights = preferences.batch(at)
+    sums = ensemble.score(inputs).view(len(mu), 2, -1, ensemble.members).sum(2)
     losses = label_losses(sums, mu, returns, args.ablation)
     right = ((sums[:, 0] > sums[:, 1]) == (mu > 0.5).unsqueeze(-1)).float()
     decisive = (mu != 0.5).unsqueeze(-1)
@@ -992,7 +966,7 @@ def decisive_sums(ensemble: RewardEnsemble, preferences: Preferences, at, args: 
 
 def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> tuple[float, float]:
     """Loss and accuracy on the window's decisive labels, each member on those held out for it; mean over members."""
-    parts = torch.arange(len(preferences)).split(args.reward_minibatch_size)
+    parts = torch.arange(len(preferences.labels)).split(args.reward_minibatch_size)
     loss, right, labels = sum(decisive_sums(ensemble, preferences, at, args) for at in parts)[0]
     return (loss / labels).nanmean().item(), (right / labels).nanmean().item()
 
@@ -1015,13 +989,13 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
     Member losses are summed, each normalised by its own weights: with their mean, Adam aside, every member would
     learn at a third of the rate.
     """
-    ensemble.renew_inputs(preferences.batch(np.arange(len(preferences)))[0])
+    ensemble.renew_inputs(preferences.batch(range(len(preferences.labels)))[0])
     logged = []
     for minibatch in range(minibatches):
-        at = rng.integers(len(preferences), size=args.reward_minibatch_size)
-        stacks, mu, returns, weights = preferences.batch(at)
+        at = rng.integers(len(preferences.labels), size=args.reward_minibatch_size)
+        inputs, mu, returns, weights = preferences.batch(at)
         ensemble.train()
-        sums = ensemble(stacks).view(len(mu), 2, -1, ensemble.members).sum(2)
+        sums = ensemble(inputs).view(len(mu), 2, -1, ensemble.members).sum(2)
         losses = label_losses(sums, mu, returns, args.ablation)
         loss = ((losses * weights).sum(0) / weights.sum(0).clamp(min=1)).sum()
         decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
@@ -1031,7 +1005,7 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         optimizer.step()
         logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
         if minibatch % 4 == 0:
-            at = rng.integers(len(preferences), size=args.reward_minibatch_size)
+            at = rng.integers(len(preferences.labels), size=args.reward_minibatch_size)
             checked = decisive_sums(ensemble, preferences, at, args)
             ensemble.decisive.mul_(0.98).add_(checked)  # reaches 50 checks back: 200 minibatches
             if args.ablation != "no-regularization":
@@ -1048,65 +1022,74 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
     }
 
 
-def pretrain(ensemble, optimizer, preferences, rng, args: Args) -> None:
+def pretrain(ensemble, optimizer, preferences, rng, status, args: Args) -> None:
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
     while stale < 4 and presented < args.pretrain_pairs:
+        status.tell("pretraining", progress=presented / args.pretrain_pairs)
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
-        tqdm.write(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}")
-        sys.stdout.flush()
+        say(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}")
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
 
 
-def labels_scheduled(progress, args: Args) -> int:
-    """Labels due by now; the paper's clock starts with the policy's training."""
-    if progress.paid_from < 0:
-        return args.initial_labels
-    steps, total = (x - progress.paid_from for x in (progress.global_step, args.num_iterations * args.batch_size))
-    if args.human:
-        total *= 0.95  # people need some time for the last ones
-    return label_schedule(min(steps, total), total, args.initial_labels, args.labels)
+def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Args) -> None:
+    """Normalise by rows of the recent pool; after each update, since it has changed what they are worth."""
+    rows = sample_segments(rng, STATISTICS_ROWS, pool.first_row(), pool.count - 1, args.num_envs)
+    ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)))
 
 
-def labels_due(progress, pool: SegmentPool, last: bool, args: Args) -> tuple[int, int]:
-    """How many labels to ask for now, and the first row that their segments may come from.
-
-    While initial labels are missing, segments come from fresh rows only, twice as many as they fill, so that they
-    hardly overlap with earlier ones. 0 until a batch is due, but for what is left at the last update.
-    """
-    first = max(pool.first_start(), progress.shown_from)
-    missing = args.initial_labels - progress.labels_used - progress.open
-    if missing > 0:
-        wanted, first = missing, max(first, progress.fresh_from)
-        enough = min(QUERY_BATCH, args.query_limit, missing)
-    else:
-        wanted = labels_scheduled(progress, args) - progress.labels_used - progress.open
-        left, tenth = args.labels - progress.labels_used - progress.open, (args.labels - args.initial_labels) // 10
-        enough = 1 if last else max(1, min(QUERY_BATCH, args.query_limit, left, tenth))
-    room = max(0, pool.count - first - args.clip_length) * args.num_envs // (4 * args.clip_length)
-    due = min(wanted, room)
-    return (due if due >= enough else 0), first
-
-
-def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int, rng, args: Args) -> np.ndarray:
+def select_pairs(ensemble, pool: SegmentPool, num: int, first: int, rng, args: Args) -> np.ndarray:
     """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
 
-    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. All
-    pairs are equally likely, but where they must be scored, a segment stands in four of them: a quarter of the work.
+    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. Where
+    they must be scored, a segment stands in four of them: a quarter of the work. No segment is in two pairs.
     """
     length, uses = args.clip_length, 1 if ensemble is None else 4
-    starts = sample_pairs(rng, math.ceil(QUERY_CANDIDATES * num / uses), first, pool.count - length, args.num_envs)
-    starts = starts.reshape(-1, 2)
-    order = np.concatenate([rng.permutation(len(starts)) for _ in range(uses)]).reshape(-1, 2)  # into `starts`
-    order = order[~preferences.asked(starts[order])]
-    if ensemble is not None and len(order):
-        parts = np.array_split(starts, math.ceil(len(starts) / 32))
+    num_starts = 2 * math.ceil(QUERY_CANDIDATES * num / uses)
+    starts = sample_segments(rng, num_starts, first, pool.count - length, args.num_envs)
+    candidates = np.concatenate([rng.permutation(num_starts) for _ in range(uses)]).reshape(-1, 2)  # of `starts`
+    if ensemble is not None:
+        parts = np.array_split(starts, math.ceil(num_starts / 32))
         raw = torch.cat([ensemble.score(model_inputs(pool.clips(part, length))) for part in parts])
-        sums = raw.view(len(starts), length, -1).sum(1)[torch.as_tensor(order, device=raw.device)]
-        order = order[disagreement(sums, args.ablation).argsort(descending=True, stable=True).cpu().numpy()]
-    return take_disjoint(starts[order], num, length)
+        sums = raw.view(num_starts, length, -1).sum(1)[torch.as_tensor(candidates, device=raw.device)]
+        order = disagreement(sums, args.ablation).argsort(descending=True, stable=True)
+        candidates = candidates[order.cpu().numpy()]
+    chosen, used = [], set()
+    for pair in starts[candidates].tolist():
+        segments = {tuple(segment) for segment in pair}
+        if len(chosen) < num and len(segments - used) == 2:
+            chosen.append(pair)
+            used |= segments
+    return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
+
+
+def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int, first: int, rng, args: Args) -> None:
+    """Store num pairs of segments; the oracle answers at once, people when they have looked (label_server.py)."""
+    for pair in select_pairs(ensemble, pool, num, first, rng, args):
+        clips = {name: x.cpu().numpy() for name, x in pool.clips(pair, args.clip_length).items()}
+        rewards = pool.gather("oracle_rewards", pair, 0, args.clip_length).cpu().numpy().astype(np.float64)
+        pictures = [camera.picture(env, row, args.clip_length) for env, row in pair.tolist()] if camera else []
+        number = preferences.ask(clips | {"sums": rewards.sum(1).astype(np.float32)}, pictures)
+        if args.oracle:
+            preferences.answer(number, teacher_answer(rng, rewards, preferences.recent_sums, args))
+    preferences.read()
+
+
+def wait_for_people(preferences: Preferences, wanted: int, status, args: Args) -> float:
+    """Stand still until so many labels have come or no pair is open: a simulator is a hundred times faster. Out: the
+    seconds that it took."""
+    began = told = time.monotonic()
+    preferences.read()
+    while args.human and preferences.used < wanted and preferences.open:
+        status.tell("waiting", wanted=wanted)
+        if time.monotonic() > told:
+            say(f"waiting for people: {preferences.used:,} of {wanted:,} labels, {preferences.open} pairs are open")
+            told = time.monotonic() + 15
+        time.sleep(1)
+        preferences.read()
+    return time.monotonic() - began
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1116,30 +1099,21 @@ def select_pairs(ensemble, pool: SegmentPool, preferences, num: int, first: int,
 class Progress:
     """What a run counts; saved in every checkpoint."""
 
-    iteration: int = 0  # updates done
-    global_step: int = 0
-    labels_used: int = 0  # answers stored, ties included
-    labels_loaded: int = 0
-    asked: int = 0
-    skipped: int = 0
-    ties: int = 0
-    open: int = 0  # pairs that wait for people's answers
-    run_id: str = ""  # of this run, for the label server
-    last_event: int = 0  # the newest of the label server's events that is counted here
-    answered: dict[str, int] = field(default_factory=dict)  # query of the label server -> label, -1 for "can't tell"
-    shown_from: int = 0  # first row of the streams that people can be shown
-    fresh_from: int = 0  # first row of the streams that no initial pair could have come from yet
-    paid_from: int = -1  # global_step at which the predictor began to pay the policy; -1: not yet
-    pairs_presented: int = 0  # since then
-    true_reward_mean: float = 0.0  # running statistics of the task's reward, for --true-reward
-    true_reward_var: float = 0.0
+    iteration: int = 0  # done
+    global_step: int = 0  # the untrained policy's steps included
+    asked: int = 0  # pairs, those of --preferences included
+    pairs_presented: int = 0  # to the reward model, since the policy is trained
+    seconds: float = 0.0  # of training: without waiting, evaluating and saving
     wall_seconds: float = 0.0
-    timed_steps: int = 0  # steps and seconds of updates that trained the policy, without compilation and evaluation
-    timed_seconds: float = 0.0
-    recent_sums: list[float] = field(default_factory=list)  # oracle's, of the last 1,000 segments asked about
-    recent_returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
-    policy_log: dict = field(default_factory=dict)  # of the last update of each model
-    reward_log: dict = field(default_factory=dict)
+    reward_mean: float = 0.0  # running statistics of the task's reward, for --true-reward
+    reward_var: float = 0.0
+    returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar, at once: logs are followed."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def git_commit() -> str | None:
@@ -1154,8 +1128,28 @@ def git_commit() -> str | None:
 
 
 def make_run_dir(args: Args) -> Path:
-    """Make the run's own directory and write args.json: resolved arguments, versions, commit, hardware."""
-    name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    """Make the run's own directory: a copy of this script, what --preferences gives, and args.json at the end."""
+    runs_dir = Path(args.runs_dir).expanduser()
+    while True:
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+        run_dir = runs_dir / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            (run_dir / "preferences").mkdir(parents=True)
+            break
+        except FileExistsError:  # another agent of a sweep has started in this second
+            time.sleep(1)
+        except OSError as error:
+            fail(f"can't write to {run_dir}: {error.strerror}")
+    shutil.copy(__file__, run_dir / f"{SCRIPT}.py")
+    if args.preferences:
+        source, lines = Path(args.preferences) / "preferences", {}
+        for answer in read_answers(source / "answers.jsonl")[0]:
+            lines.setdefault(answer["pair"], {"pair": answer["pair"], "mu": answer["mu"], "loaded": True})
+        lines = [line for line in lines.values() if line["mu"] is not None]
+        for line in lines:
+            shutil.copy(source / f"{line['pair']:08d}.npz", run_dir / "preferences")
+        journal = run_dir / "preferences" / "answers.jsonl"
+        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
@@ -1164,839 +1158,415 @@ def make_run_dir(args: Args) -> Path:
         "versions": {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
+        "clip": CLIP | {"frames": len(shown_steps(args.clip_length)), "fps": len(shown_steps(args.clip_length)) / 1.5},
     }
-    for attempt in itertools.count(2):  # two agents of a sweep may start in the same second
-        run_dir = Path(args.runs_dir) / (name if attempt == 2 else f"{name}-{attempt}")
-        try:
-            (run_dir / "preferences").mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(run, indent=2))
-            return run_dir
-        except OSError as error:
-            if not isinstance(error, FileExistsError) or not run_dir.is_dir():
-                fail(f"can't write to {run_dir}: {error.strerror}")
+    write_run(run_dir, run)
+    return run_dir
 
 
-def read_run(run_dir: str) -> dict:
+def write_run(run_dir: Path, run: dict) -> None:
+    write_whole(run_dir / "args.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
+
+
+def read_run(run_dir: str | Path) -> dict:
     """A run directory's args.json; ends with exit code 2 if it is missing or broken."""
     try:
         run = json.loads((Path(run_dir) / "args.json").read_text())
-        _ = run["script"], run["commit"], run["args"]["env_id"]
+        _ = run["script"], run["commit"], run["args"]["env_id"], run["args"]["segment_length"]
         return run
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
 
 
-def read_checkpoint(run_dir: str) -> dict:
-    """checkpoint.pt (tensors, numbers and strings only: nothing in it can run code), on the CPU."""
+def lock_run(run_dir: Path) -> filelock.FileLock:
+    """Keep every other process out of a run until this one has ended; exit code 2 if one is in there."""
+    lock = filelock.FileLock(run_dir / "run.lock")
     try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        _ = Progress(**checkpoint["progress"])
-        return checkpoint
+        lock.acquire(timeout=1)  # the label server looks in for a moment
+    except filelock.Timeout:
+        fail(f"another process is running {run_dir}")
+    return lock
+
+
+def start_wandb(run_dir: Path, args: Args):
+    """The W&B run, the same one when this run is resumed, whatever its directory is called; None without --track."""
+    if not args.track:
+        return None
+    import wandb
+
+    run = read_run(run_dir)
+    wandb_run = wandb.init(
+        project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.resolve().name, id=run.get("wandb_id"),
+        group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
+    )  # fmt: skip
+    wandb_run.define_metric("*", step_metric="global_step")
+    write_run(run_dir, run | {"wandb_id": wandb_run.id})
+    return wandb_run
+
+
+class Status:
+    """status.json, what the label page tells of a run of people: its phase, and when there will be more to do."""
+
+    def __init__(self, run_dir: Path, preferences: Preferences, progress: Progress, args: Args):
+        self.path, self.preferences, self.progress, self.args = run_dir / "status.json", preferences, progress, args
+        self.told, self.accuracy = -math.inf, math.nan
+
+    def tell(self, phase: str, **numbers):
+        """phase: initial, waiting, pretraining, training or finished. At most one file per second."""
+        if not self.args.human or (time.monotonic() < self.told + 1 and phase != "finished"):
+            return
+        self.told, step = time.monotonic(), self.progress.iteration * self.args.batch_size
+        status = {"phase": phase, "wanted": None, "progress": None} | numbers
+        status |= {name: getattr(self.args, name) for name in ("labels", "total_timesteps")}
+        status |= {"labels_used": self.preferences.used, "asked": self.preferences.asked, "global_step": step}
+        status |= {"accuracy_heldout": self.accuracy if math.isfinite(self.accuracy) else None, "time": time.time()}
+        write_whole(self.path, lambda file: file.write(json.dumps(status).encode()))
+
+
+def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
+    """Tensors and numbers only. Numbers that are no longer finite end the run with exit code 1 instead."""
+    for name, value in modules["agent"].named_parameters():
+        if not value.isfinite().all():
+            sys.exit(
+                f"{SCRIPT}: the policy's {name} is not finite after step {progress.global_step}: try a lower "
+                f"--learning-rate; {run_dir}/checkpoint.pt is the last good checkpoint"
+            )
+    state = {name: module.state_dict() for name, module in modules.items()}
+    state |= {"progress": asdict(progress), "pool": vars(pool)}
+    write_whole(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def read_checkpoint(run_dir: str | Path) -> dict:
+    """checkpoint.pt (nothing in it can run code), on the CPU; exit code 2 if it is missing or damaged."""
+    try:
+        return torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{run_dir} has no checkpoint.pt yet")
     except Exception as error:  # a truncated file fails in as many ways as it has bytes
-        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): truncated, or of another version?")
+        fail(f"{run_dir}/checkpoint.pt can't be read ({error.__class__.__name__}): is it truncated?")
 
 
-def load_reward_model(run_dir: str, checkpoint: dict, args: Args) -> RewardEnsemble:
-    """The learned reward of a run, normaliser included."""
-    state = checkpoint["ensemble"]
-    if not state or not state["renewals"]:
-        fail(f"{run_dir} has learned no reward model")
-    ensemble = RewardEnsemble(len(state["input_mean"]), len(state["mean"]), args.l2_coef)
-    ensemble.load_state_dict(state)
-    return ensemble.to(args.device)
+def load_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool) -> Progress:
+    """Put a checkpoint's contents where they belong."""
+    state = read_checkpoint(run_dir)
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
+    pool.count = state["pool"]["count"]
+    for name, stream in pool.streams.items():
+        stream.copy_(state["pool"]["streams"][name])
+    return Progress(**state["progress"])
 
 
-def params_sha256(*modules: nn.Module) -> str:
-    """Hash of all parameters and buffers, in the order of their names."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def derive_seed(*key: int) -> int:
+    """A 31-bit seed from (run seed, purpose, index): purposes never share a stream."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
-def make_twin(args: Args, envs: SyncVectorEnv, seed: int, width: int, height: int) -> SyncVectorEnv | None:
-    """Environment 0 once more, with a camera that follows the robot; None, and one line, where nothing can render."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
-    model = envs.envs[0].simulator.model
-    named = {"camera_name": "track"} if "track" in [model.camera(i).name for i in range(model.ncam)] else {}
-    twin = make_envs(args, 1, stagger=False, render_mode="rgb_array", width=width, height=height, **named)
-    twin.reset(seed=seed)
-    try:
-        twin.envs[0].render()
-        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            twin.envs[0].simulator.mujoco_renderer.viewer.scn.flags[effect] = 0  # four fifths of the time
-        return twin
-    except Exception as error:
-        print(f"no video: MuJoCo can't render here ({error.__class__.__name__}); Debian has what it needs in libegl1")
-        twin.close()
+def start_anew(seed: int, envs: Envs, camera: Camera | None) -> tuple[np.ndarray, np.random.Generator]:
+    """Reset environments and generators. So a resumed run needs none of their states to be the same run."""
+    torch.manual_seed(seed)  # actions
+    obs = envs.reset(seed)
+    envs.stagger()
+    return obs, np.random.default_rng(seed)
 
 
 @torch.no_grad()
-def evaluate(agent: Agent | None, ensemble: RewardEnsemble | None, args: Args, seed: int, record: int = 0) -> dict:
-    """Play args.eval_episodes episodes, one per environment, with sampled actions, for the true, unscaled reward.
-
-    Own environments and generators: training is not moved by it. agent None plays at random. Of environment 0, the
-    first `record` steps come back too: screens of ten seconds of a twin with the same seed and actions, as (step, RGB),
-    and env_rewards and pred_rewards.
-    """
-    envs = make_envs(args, args.eval_episodes, stagger=False)
-    space, dt = envs.single_action_space, envs.envs[0].simulator.dt
-    low, high = (torch.as_tensor(bound, device=args.device) for bound in (space.low, space.high))
-    generator = torch.Generator(args.device).manual_seed(derive_seed(seed, 1))
-    next_obs, twin = envs.reset(seed=seed)[0], make_twin(args, envs, seed, 320, 420) if record else None
-    every, returns = max(1, round(1 / 30 / dt)), np.zeros(args.eval_episodes)
-    inputs, screens, env_rewards = [], [], []
-    for t in range(envs.envs[0].length):
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=args.device)
-        if agent is None:
-            action = low + (high - low) * torch.rand(len(obs), len(low), device=args.device, generator=generator)
-        else:
-            action = agent.get_action_and_value(obs, generator=generator)[0].clamp(low, high)
-        if twin and t < record and t * dt < 10:
-            if t % every == 0:
-                screens.append((t, twin.envs[0].render()))
-            twin.step(action[:1].cpu().numpy())
-        next_obs, rewards, *_ = envs.step(action.cpu().numpy())
-        returns += rewards
-        if t < record:
-            inputs.append(torch.cat([obs[0], action[0]]))
-            env_rewards.append(float(rewards[0]))
-    for env in filter(None, (envs, twin)):
-        env.close()
-    pred_rewards = []
-    if ensemble is not None and inputs:
-        raw = ensemble.score(torch.stack(inputs))
-        pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).tolist()
-    return {
-        "returns": returns, "screens": screens, "fps": 1 / (dt * every), "env_rewards": env_rewards,
-        "pred_rewards": pred_rewards,
-    }  # fmt: skip
+def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarray, args: Args):
+    """num_steps steps of all environments. Out: (T, N, ...) of each stream, and the observations that come next."""
+    torch.set_num_threads(min(args.threads, math.ceil(args.num_envs / 16)))  # more would only wait for the emulator's
+    rows = []
+    for _ in range(args.num_steps):
+        obs = torch.as_tensor(next_obs, device=args.device)
+        action, logprob, _, value, *_ = agent.get_action_and_value(obs)
+        executed = action.cpu().numpy()
+        if camera:
+            camera.record(envs, executed)
+        next_obs, told = envs.step(executed)
+        rows.append({"obs": obs, "actions": action, "logprobs": logprob, "values": value} | told)
+    torch.set_num_threads(args.threads)
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, next_obs
 
 
-def draw_episode(result: dict, folder: Path, title: str) -> None:
-    """Figure and short video (VP8 .webm) of a recorded episode, with predicted beside true reward."""
-    import cv2
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    series = {"true": np.array(result["env_rewards"])}
-    if result["pred_rewards"]:
-        series = {"predicted": np.array(result["pred_rewards"])} | series
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(len(series), 1, figsize=(9, 5), sharex=True, squeeze=False, layout="constrained")
-    for ax, (name, values) in zip(axes[:, 0], series.items(), strict=True):
-        ax.plot(values, linewidth=0.8)
-        ax.set_ylabel(f"{name} reward")
-    axes[0, 0].set_title(title)
-    axes[-1, 0].set_xlabel("step")
-    figure.savefig(folder / "episode.png", dpi=120)
-    plt.close(figure)
-
-    if not result["screens"]:
-        return
-    # Left half: the game. Right half: the last 100 steps of each reward, zero in the middle of its box.
-    with open(os.devnull, "w") as null:  # OpenCV's remark on the codec's tag goes to file descriptor 2
-        stderr = os.dup(2)
-        os.dup2(null.fileno(), 2)
-        codec = cv2.VideoWriter_fourcc(*"VP80")
-        writer = cv2.VideoWriter(str(folder / "episode.webm"), codec, result["fps"], (640, 420))
-        os.dup2(stderr, 2)
-        os.close(stderr)
-    for t, screen in result["screens"]:
-        canvas = np.full((420, 640, 3), 24, np.uint8)
-        canvas[:, :320] = cv2.resize(screen[..., ::-1], (320, 420), interpolation=cv2.INTER_NEAREST)
-        for row, (name, values) in enumerate(series.items()):
-            zero, colour = 120 + 200 * row, [(255, 160, 60), (60, 160, 255)][row]
-            window = values[max(0, t - 99) : t + 1]
-            heights = 75 * window / max(np.abs(values).max(), 1e-6)
-            points = np.stack([340 + 2.8 * np.arange(len(window)), zero - heights], 1)
-            cv2.line(canvas, (340, zero), (620, zero), (80, 80, 80), 1)
-            cv2.polylines(canvas, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
-            text = f"{name} reward {values[t]:+.3f}"
-            cv2.putText(canvas, text, (340, zero - 85), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
-        writer.write(canvas)
-    writer.release()
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, seed: int) -> np.ndarray:
+    """True, unclipped scores of eval_episodes episodes, one per environment; sampled actions. Moves no training."""
+    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        envs = Envs(args, args.eval_episodes)
+        obs, scores, playing = envs.reset(seed), np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+        while playing.any():
+            action = agent.get_action_and_value(torch.as_tensor(obs, device=args.device))[0]
+            obs, told = envs.step(action.cpu().numpy())
+            scores += told["env_rewards"] * playing
+            playing &= ~told["ended"]
+    return scores
 
 
-def evaluate_run(args: Args) -> dict:
-    """--evaluate: score, figure and video of a run's policy, or of the random policy, into the run's directory."""
-    run_dir, checkpoint = Path(args.evaluate), read_checkpoint(args.evaluate)
-    resolve_hardware(args)
-    torch.set_num_threads(args.torch_threads)
-    agent = None
-    if not args.random:
-        state = checkpoint["agent"]
-        agent = Agent(len(state["obs_mean"]), state["low"], state["high"])
-        agent.load_state_dict(state)
-        agent.to(args.device)
-    learned = checkpoint["ensemble"] and checkpoint["ensemble"]["renewals"]
-    ensemble = load_reward_model(args.evaluate, checkpoint, args) if learned else None
-    folder = run_dir / ("random" if args.random else "evaluation")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        fail(f"can't write to {folder}: {error.strerror}")
-    result = evaluate(agent, ensemble, args, derive_seed(args.seed, 15), record=1000)
-    returns = result["returns"]
-    draw_episode(result, folder, f"{args.env_id}, {folder.name} of {run_dir.name}")
-    row = {
-        "script": SCRIPT,
-        "env_id": args.env_id,
-        "feedback": "random" if args.random else args.feedback,
-        "seed": args.seed,
-        "global_step": 0 if args.random else checkpoint["progress"]["global_step"],
-        "final_return_mean": float(returns.mean()),
-        "final_return_std": float(returns.std()),
-        "final_episodes": len(returns),
-        "commit": git_commit(),
-    }
-    (folder / "summary.json").write_text(json.dumps(row, indent=2))
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes; see {folder}")
-    return row
-
-
-def reward_correlation(pool: SegmentPool, progress, args: Args) -> float:
+def reward_correlation(pool: SegmentPool, args: Args) -> float:
     """Pearson correlation of paid and oracle's sums over 500 segments of the pool; NaN where one is constant."""
-    first = max(pool.first_start(), progress.paid_from // args.num_envs)  # nothing was predicted for earlier rows
     last = pool.count - args.clip_length
-    if last < first:
+    if last < pool.first_row():
         return math.nan
-    rng = np.random.default_rng(progress.iteration)  # of its own: logging does not move training
-    starts = sample_pairs(rng, 500, first, last, args.num_envs)[:, 0]
+    rng = np.random.default_rng(0)  # of its own: logging does not move training
+    starts = sample_segments(rng, 500, pool.first_row(), last, args.num_envs)
     sums = [pool.gather(name, starts, 0, args.clip_length).sum(1) for name in ("pred_rewards", "oracle_rewards")]
-    return torch.corrcoef(torch.stack(sums))[0, 1].item()
+    paid = sums[0].isfinite()  # nothing was paid for the untrained policy's rows
+    return torch.corrcoef(torch.stack(sums)[:, paid])[0, 1].item() if paid.sum() > 1 else math.nan
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Human labels
-# ----------------------------------------------------------------------------------------------------------------------
-def simulator_state(env: FixedLength) -> np.ndarray:
-    """What `train` keeps of each step for people: positions and velocities."""
-    return np.concatenate([env.simulator.data.qpos, env.simulator.data.qvel])
+def progress_line(scalars: dict, speed: float, preferences: Preferences, progress: Progress, args: Args) -> str:
+    share = progress.iteration / args.num_iterations
+    left = (args.num_iterations - progress.iteration) * args.batch_size / speed
+    mean_return = np.mean(progress.returns) if progress.returns else math.nan
+    line = (
+        f"{progress.global_step:>10,} steps {share:4.0%} {speed:6,.0f}/s  {left // 3600:.0f}:{left % 3600 // 60:02.0f}"
+    )
+    line += f" h left  return {mean_return:7.1f}  entropy {scalars['losses/entropy']:4.2f}"
+    if not args.true_reward:
+        accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
+        line += f"  labels {preferences.used:,}/{args.labels:,} ({scalars['labels/ties']:.0%} ties)"
+        line += f"  held-out accuracy {accuracy:4.2f}  correlation {scalars['reward_model/correlation']:5.2f}"
+    return line
 
 
-def shown_steps(args: Args) -> range:
-    """The steps of a clip that people see: thirty at most, in a second and a half."""
-    return range(0, args.clip_length, math.ceil(args.clip_length / 30))
+def warnings_about(scalars: dict, progress: Progress) -> list[str]:
+    """What is known to be bad. Each is told once."""
+    accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
+    bad = {
+        "nine of ten labels are ties: they teach little": (
+            scalars.get("labels/used", 0) > 99 and scalars["labels/ties"] > 0.9
+        ),
+        "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,
+        "the reward model judges no better than chance": accuracy < 0.55 and progress.pairs_presented > 5000,
+    }
+    return [message for message, is_so in bad.items() if is_so]
 
 
-def render_states(twin: SyncVectorEnv, states: list[np.ndarray]) -> np.ndarray:
-    """Pictures of these states of the simulator, (L, H, W, 3) RGB, by the camera that follows the robot."""
-    env, frames = twin.envs[0], []
-    for state in states:
-        env.simulator.set_state(*np.split(state, [env.simulator.model.nq]))
-        frames.append(env.render())
-    return np.stack(frames)
-
-
-def sprite_sheet(frames: np.ndarray) -> bytes:
-    """The frames of a clip, (L, H, W, 3) RGB, on one WebP image, as SHEET says."""
-    import cv2
-
-    columns, (height, width) = SHEET["columns"], frames.shape[1:3]
-    rows = math.ceil(len(frames) / columns)
-    cells = np.zeros((rows * columns, height, width, 3), np.uint8)
-    cells[: len(frames)] = frames[..., ::-1]  # OpenCV's order
-    image = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])[1].tobytes()
-
-
-def count_answers(preferences: Preferences, progress) -> None:
-    """How many of people's answers stand."""
-    own = np.array(preferences.mu[progress.labels_loaded :])
-    progress.labels_used, progress.ties = int(np.isfinite(own).sum()), int((own == 0.5).sum())
-    progress.skipped = list(progress.answered.values()).count(-1)
-
-
-class LabelServer:
-    """The run's side of label_server.py: posts pairs of clips, and reads what people answer.
-
-    A pair lies in the run's queries/ under a random id before it is posted, and stays there: whatever is killed or
-    away, an answer finds the clips that it is about.
-    """
-
-    def __init__(self, args: Args, progress, frames: int, fps: float):
-        """Sign the run in, with clips of so many frames; exit code 2 where the server is not there or refuses."""
-        self.run_id = progress.run_id = progress.run_id or uuid.uuid4().hex
-        self.url, self.path, self.unsent = args.label_server, f"/api/runs/{self.run_id}", []
-        self.away_until, self.patience, self.polled_at = 0.0, 1, 0.0
-        try:
-            local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        except ValueError as error:
-            fail(f"--label-server {self.url}: {error}")
-        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)  # http_proxy can't see it
-        tokens = Path("label_server.tokens")  # what a server that was started in this directory wrote
-        try:
-            self.token = os.environ.get("LABEL_SERVER_TOKEN") or json.loads(tokens.read_text())["trainer"]
-        except (OSError, ValueError, KeyError, TypeError):  # not there, not ours to read, or damaged
-            fail("no label server here: start python label_server.py in this directory, or give --label-server and set "
-                 "LABEL_SERVER_TOKEN to the trainer's token in the label_server.tokens that it wrote")  # fmt: skip
-        reply = self.request("PUT", self.path, {
-            "name": f"{args.env_id}, {SCRIPT}, seed {args.seed}", "env_id": args.env_id, "script": SCRIPT,
-            "labels": args.labels, "max_open": max(OPEN_QUERIES, args.initial_labels),
-            "clip": SHEET | {"frames": frames, "fps": fps},
-        })  # fmt: skip
-        if not isinstance(reply, dict) or "known" not in reply:
-            fail(f"what answers at {self.url} is no label server; python label_server.py starts one")
-        self.known = set(reply["known"])
-        progress.last_event = 0  # another server or database numbers its events anew, so be told all of them again
-
-    def request(self, method: str, path: str, body: dict | None = None, wait: float = 0) -> dict | None:
-        """The reply; None while the server is away or refuses. It is left alone then for a while, up to half a minute.
-
-        Only the sign-in ends the run: a proxy whose server starts anew has a 4xx for what is welcome a minute later.
-        """
-        if time.monotonic() < self.away_until:
-            return None
-        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, data, headers, method=method)
-            with self.opener.open(request, timeout=wait + 20) as reply:
-                content = reply.read()
-            self.patience = 1
-            return json.loads(content) if content else {}
-        except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.read(500).decode(errors='replace')}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error))  # the exception itself would keep `train` alive till exit
-        if path == self.path:
-            fail(f"no label server at {self.url} that takes this run ({reason}); python label_server.py starts one")
-        self.away_until, self.patience = time.monotonic() + self.patience, min(2 * self.patience, 30)
-        tqdm.write(f"the label server does not take {method} {path} ({reason}): trying again")
-
-    def ask(self, folder: Path, **pair):
-        """Keep a pair (arrays of `label_shapes`, and its two sprite sheets) for `post`."""
-        query = uuid.uuid4().hex  # the run's generators would give a resumed run the same ids again
-        write_whole(folder / f"{query}.npz", lambda file: np.savez_compressed(file, **pair))
-        self.unsent.append(query)
-
-    def post(self, folder: Path, progress) -> None:
-        """Send what has not been sent yet, as long as the server is there."""
-        for query in list(self.unsent):
-            with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
-                sheets = [base64.b64encode(pair[f"sheet_{i}"].tobytes()).decode() for i in range(2)]
-                sums = [float(x) if math.isfinite(x) else None for x in pair["returns"]]  # for the server's statistics
-            body = {"run": self.run_id, "clips": sheets, "sums": sums}
-            reply = self.request("PUT", f"/api/queries/{query}", body)
-            if reply is None:
-                return
-            self.unsent.remove(query)
-            progress.open = reply["open"] + len(self.unsent)
-
-    def receive(self, folder: Path, preferences: Preferences, progress, wait: float = 0) -> None:
-        """Store what people have answered since the last time, or taken back; wait so many seconds for it.
-
-        Of each pair only the last event counts, so that what is told again changes nothing.
-        """
-        if not wait and time.monotonic() < self.polled_at + 1:
-            return  # A2C's rollouts take less time than a question
-        self.polled_at = time.monotonic()
-        events, more = [], True
-        while more:  # a reply has at most 1,000
-            after = events[-1]["seq"] if events else progress.last_event
-            reply = self.request("GET", f"{self.path}/events?after={after}&wait={wait}", wait=wait)
-            if reply is None:
-                time.sleep(min(wait, 1))
-                return
-            more, wait = reply["events"], 0
-            events += more
-        for query, event in {event["query"]: event for event in events}.items():
-            label = progress.answered.get(query)
-            before = None if label is None else preferences.mu[label] if label >= 0 else -1  # -1: can't tell
-            mu = None  # taken back
-            if event["kind"] == "answer":
-                mu = {"first": 1.0, "second": 0.0, "equal": 0.5, "cant-tell": -1}[event["answer"]]
-            if mu == before:
-                continue
-            if label is not None:
-                del progress.answered[query]
-                if label >= 0:
-                    preferences.retract(label)
-            if mu == -1:
-                progress.answered[query] = -1
-            elif mu is not None:
-                progress.answered[query] = preferences.count
-                with np.load(folder / f"{query}.npz", allow_pickle=False) as pair:
-                    arrays = {name: pair[name][None] for name in label_shapes(preferences.clips) if name != "mu"}
-                preferences.add(arrays | {"mu": np.array([mu], np.float32)})
-        count_answers(preferences, progress)
-        progress.open = reply["open"] + len(self.unsent)
-        if events:
-            progress.last_event = events[-1]["seq"]
-            self.polled_at = 0.0  # somebody is answering: there may be more at once
-
-
-def behind_schedule(progress, args: Args) -> bool:
-    """Whether to wait for people: for the initial labels in any case, then while under 75 % of what is due is answered.
-    Where no pair is open there is nothing to wait for: the next rollout brings new ones."""
-    if not progress.open:
-        return False
-    if progress.paid_from < 0:
-        return progress.labels_used < args.initial_labels <= progress.labels_used + progress.open
-    return args.wait_for_labels and progress.labels_used < 0.75 * labels_scheduled(progress, args)
+def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progress: Progress, args: Args) -> dict:
+    """What summary.json holds. JSON has neither infinity nor NaN: what is absent or infinite is null."""
+    of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
+    of_args += ("teacher_skip", "teacher_equal", "seed", "pairs_per_step", "device")
+    summary = {"finished": True, "script": SCRIPT, "total_timesteps": args.num_iterations * args.batch_size}
+    summary |= {name: getattr(args, name) for name in of_args}
+    summary |= {
+        "global_step": progress.global_step,
+        "labels_used": preferences.used,
+        "asked": preferences.asked - preferences.first,
+        "skipped": preferences.skipped,
+        "ties": preferences.ties,
+        "labels_loaded": preferences.loaded,
+        "wall_seconds": progress.wall_seconds,
+        "sps": progress.iteration * args.batch_size / max(progress.seconds, 1e-9),
+        "final_return_mean": float(scores.mean()),
+        "final_return_std": float(scores.std()),
+        "final_episodes": len(scores),
+        "reward_accuracy_heldout": scalars.get("reward_model/accuracy_heldout"),
+        "reward_correlation": scalars.get("reward_model/correlation"),
+        "reward_loss": scalars.get("reward_model/loss"),
+        "pg_loss": scalars.get("losses/policy_loss"),
+        "v_loss": scalars.get("losses/value_loss"),
+        "entropy": scalars.get("losses/entropy"),
+        "commit": read_run(args.resume)["commit"],  # what this run began with, whatever is checked out when it ends
+    }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
-    """Train (or resume, or evaluate) as args say; returns what summary.json holds."""
-    if args.evaluate:
-        return evaluate_run(args)
-
-    # 1. Read whatever may be refused, before anything is written
-    recorded = {name: getattr(args, name) for name in ("device", "torch_threads", "compile")}
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
-    resolve_hardware(args)
-    if checkpoint:
-        if args.compile != recorded["compile"]:
-            fail(f"{args.resume} ran with compilation {recorded['compile']}: not here")
-        if [args.device, args.torch_threads] != checkpoint["hardware"]:
-            print(f"the checkpoint is of {checkpoint['hardware']}: going on elsewhere is not exact to the bit")
-    envs = make_envs(args, args.num_envs)
-    space = envs.single_action_space
-    (num_obs,), (num_actions,) = envs.single_observation_space.shape, space.shape
-    learns_reward = not args.true_reward and not args.reward_model
-    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
-    ensemble = None
-    if args.reward_model:
-        ensemble = load_reward_model(args.reward_model, checkpoint or read_checkpoint(args.reward_model), args)
-        progress.paid_from = 0
-    shards, clips = Path(args.preferences or "") / "preferences", clip_shapes(args.clip_length, num_obs, num_actions)
-    if args.preferences and not checkpoint:
-        progress.labels_loaded = sum(int(np.isfinite(arrays["mu"]).sum()) for arrays in read_shards(shards, clips))
-        if not progress.labels_loaded:
-            fail(f"{args.preferences} has no labels")
-    if args.track:
-        import wandb
-
-        try:
-            if wandb.setup().settings.mode == "online":
-                wandb.login()  # else `wandb.init` would fail when the run's directory is there already
-        except wandb.errors.Error as error:
-            fail(f"--track: {error}")
-    if args.asks_people:
-        twin = make_twin(args, envs, args.seed, SHEET["width"], SHEET["height"])
-        if not twin:
-            fail("--human needs pictures of the simulation")
-        server = LabelServer(args, progress, len(shown_steps(args)), len(shown_steps(args)) / 1.5)
+    """Train, or go on with a run. Returns what summary.json holds."""
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    args.resume, lock = str(run_dir), lock_run(run_dir)
+    is_new = not (run_dir / "checkpoint.pt").exists()
+    (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
+    wandb_run = start_wandb(run_dir, args)
+    torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    torch.manual_seed(args.seed)  # initial parameters
 
-    # 2. Hardware and seeds
-    device = torch.device(args.device)
-    torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)  # initial parameters; all else has a generator of its own
-    names = ("policy", "query", "teacher", "reward")
-    rngs = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(names)}
-    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 10))  # actions
-
-    # 3. Environments, policy, reward model, preferences
-    if args.env_id not in SEGMENT_LENGTH:
-        print(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
-    low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-    agent = Agent(num_obs, low, high).to(device)
+    envs = Envs(args, args.num_envs)
+    low, high = torch.as_tensor(envs.low), torch.as_tensor(envs.high)
+    agent = Agent(envs.num_obs, low, high).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    modules = {"agent": agent, "optimizer": optimizer}
-    pool = None if args.true_reward else SegmentPool(args.pool_rows, args.num_envs, num_obs, num_actions, device)
-    if learns_reward:
-        l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
-        ensemble = RewardEnsemble(num_obs + num_actions, args.members, l2_coef).to(device)
-        reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
-        modules |= {"ensemble": ensemble, "reward_optimizer": reward_optimizer}
-        capacity = progress.labels_loaded + args.labels
-        if args.human:
-            capacity += capacity // 4 + 100  # an answer that is taken back keeps its place
-        preferences = Preferences(run_dir / "preferences", capacity, clips, args.members, device)
-        if args.preferences and not checkpoint:  # copied, so that this run needs no other
-            for arrays in read_shards(shards, clips):
-                arrays = {name: array[np.isfinite(arrays["mu"])] for name, array in arrays.items()}
-                preferences.add(arrays | {"segments": np.full_like(arrays["segments"], -1)})  # not rows of this run
-
-    if args.asks_people:
-        shown, queries = deque(maxlen=args.pool_rows), run_dir / "queries"
-        queries.mkdir(exist_ok=True)
-
-    # 4. What lasts from one rollout to the next: streams per environment, and what a resumed run replays
-    streams = np.zeros((2, args.num_envs))
-    episode_return, episode_length = streams
-    actions_since_reset: list[torch.Tensor] = []
-    if checkpoint:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        if pool:
-            pool.count = checkpoint["pool"]["count"]
-            pool.streams = {name: stream.to(device) for name, stream in checkpoint["pool"]["streams"].items()}
-        for name, state in checkpoint["rngs"].items():
-            rngs[name].bit_generator.state = json.loads(state)
-        if device.type == torch.device(checkpoint["hardware"][0]).type:
-            generator.set_state(checkpoint["generator"])
-        if learns_reward:
-            preferences.restore(checkpoint["labels_on_disk"], args.human)
-        if args.asks_people:
-            progress.shown_from = pool.count  # what people would see of older rows is not in the checkpoint
-            files = sorted(queries.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-            progress.answered = {query: -1 for query, label in progress.answered.items() if label == -1}
-            for path in files:
-                with np.load(path, allow_pickle=False) as pair:
-                    segments = pair["segments"]
-                label = preferences.standing(segments)
-                if label is None:
-                    preferences.remember(segments[None])
-                else:
-                    progress.answered[path.stem] = label
-                if path.stem not in server.known and path.stem not in progress.answered:
-                    server.unsent.append(path.stem)
-            progress.asked = len(files)  # some were asked and answered after the checkpoint
-            count_answers(preferences, progress)
-            server.post(queries, progress)
-            server.receive(queries, preferences, progress)
-        if progress.iteration % args.reset_every:  # else the next rollout begins with a reset
-            last_reset = progress.iteration // args.reset_every * args.reset_every
-            next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, last_reset))
-            actions_since_reset = list(checkpoint["actions_since_reset"])
-            for action in torch.cat(actions_since_reset).numpy():  # exact for any task, whatever it hides
-                next_obs, *_ = envs.step(action)
-            next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-            streams[:] = checkpoint["streams"].numpy()
-            if not torch.equal(next_obs.cpu(), checkpoint["next_obs"]):
-                print("the simulator did not come back to where it was (another version?): this is another run now")
-
-    # 5. Storage of one rollout, logging, signals
-    shape = (args.num_steps, args.num_envs)
-    obs, actions = torch.zeros(*shape, num_obs, device=device), torch.zeros(*shape, num_actions, device=device)
-    logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    env_rewards, ended = np.zeros(shape), np.zeros(shape, dtype=bool)
-    loss_function = torch.compile(minibatch_loss, dynamic=False) if args.compile else minibatch_loss
-    commit = read_run(str(run_dir))["commit"]  # what this run began with, whatever is checked out when it ends
+    l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
+    ensemble = RewardEnsemble(envs.num_obs + len(low), args.members, l2_coef).to(args.device)
+    reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
+    modules = {"agent": agent, "optimizer": optimizer, "ensemble": ensemble, "reward_optimizer": reward_optimizer}
+    rows = 0 if args.true_reward else args.pool_rows
+    pool = SegmentPool(rows, args.num_envs, envs.num_obs, len(low), args.device)
+    progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
+    preferences = Preferences(run_dir / "preferences", progress.asked, None, args)
+    camera = Camera(args, args.num_envs, args.pool_rows, pool.count) if args.human and args.labels else None
+    status = Status(run_dir, preferences, progress, args)
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
-    if args.track:
-        wandb_run = wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name,
-            group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
-        )  # fmt: skip
-        wandb_run.define_metric("*", step_metric="global_step")
 
     def log(scalars: dict):
         """To TensorBoard, and to W&B with steps and labels beside it: either can be the x axis there."""
         for name, value in scalars.items():
             writer.add_scalar(name, value, progress.global_step)
-        if args.track:
-            wandb_run.log(scalars | {"global_step": progress.global_step, "labels": progress.labels_used})
+        if wandb_run:
+            wandb_run.log(scalars | {"global_step": progress.global_step, "labels": preferences.used})
 
-    def report(waiting: bool):
-        """To the label server, for the page's progress and the admin's statistics."""
-        accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
-        server.request("POST", f"{server.path}/status", {
-            "global_step": progress.global_step, "total_timesteps": total_steps, "labels": args.labels,
-            "labels_used": progress.labels_used, "labels_due": labels_scheduled(progress, args), "waiting": waiting,
-            "accuracy_heldout": float(accuracy) if math.isfinite(accuracy) else None,
-            "finished": progress.iteration == args.num_iterations,
-        })  # fmt: skip
+    total_steps = args.num_iterations * args.batch_size
+    say(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps, {args.device}")
+    if args.env_id not in SEGMENT_LENGTH:
+        say(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
+    started = time.monotonic() - progress.wall_seconds
 
-    stop: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
+    # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
+    if is_new and not args.true_reward:
+        if args.reward_model:
+            ensemble.load_state_dict(read_checkpoint(args.reward_model)["ensemble"])
+        obs, rng = start_anew(derive_seed(args.seed, 0), envs, camera)
+        first_fresh = 0  # row; of earlier ones something was asked
+        wanted = min(args.labels, args.initial_labels + args.query_batch * args.human)  # people have some to go on with
+        while not pool.count or preferences.used < args.initial_labels:
+            rollout, obs = roll_out(agent, envs, camera, obs, args)
+            progress.global_step += args.batch_size
+            unpaid = torch.full_like(rollout["values"], math.nan)
+            pool.add(rollout, rollout["env_rewards"], unpaid)
+            missing = wanted - preferences.used - preferences.open
+            room = (pool.count - first_fresh - args.clip_length) * args.num_envs // (4 * args.clip_length)
+            if missing > 0 and room >= min(missing, args.query_batch):
+                ask(None, pool, preferences, camera, min(missing, room), first_fresh, rng, args)
+                first_fresh = pool.count
+            elif missing <= 0:
+                wait_for_people(preferences, args.initial_labels, status, args)
+        if not args.reward_model:
+            pretrain(ensemble, reward_optimizer, preferences, rng, status, args)
+        renew_statistics(ensemble, pool, rng, args)
 
-    def stop_soon(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this rollout and its updates; once more, and it stops at once")
-
-    handlers = [signal.signal(number, stop_soon) for number in signals]
-    total_steps = args.num_iterations * args.batch_size  # whole rollouts
-    print(
-        f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps (--total-timesteps "
-        f"rounded up to {args.num_iterations:,} rollouts), {args.device}, {args.torch_threads} threads", flush=True
-    )  # fmt: skip
-    bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", unit_scale=True, disable=None)
-    warned: set[str] = set()
-    asked_at = 0.0
-    trained = False  # a policy update of this process is done, so whatever compiles is compiled
-    started, line_time, line_step = time.time() - progress.wall_seconds, time.time(), progress.global_step
-
-    stopping = False
-    while progress.iteration < args.num_iterations and not stopping:
-        update_started, evaluation_seconds = time.time(), 0.0
-
-        # 6. Roll the policy out. All environments start anew every reset_every updates, so that a resumed run can
-        #    replay them; the policy sees neither that nor any other end.
-        if progress.iteration % args.reset_every == 0:
-            next_obs, _ = envs.reset(seed=derive_seed(args.seed, 11, progress.iteration))
-            next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-            streams[:] = 0
-            actions_since_reset = []
+    disputed = None if args.ablation in ("random-queries", "no-ensemble") else ensemble
+    bar = tqdm(total=total_steps, initial=progress.iteration * args.batch_size, unit="step", disable=None)
+    scalars, warned, reward_log, obs, saved_at = {}, set(), {}, None, -math.inf
+    line_seconds, line_iteration = progress.seconds, progress.iteration
+    while progress.iteration < args.num_iterations:
+        if obs is None or progress.iteration % args.reset_every == 0:
+            if time.monotonic() > saved_at + SAVE_SECONDS:
+                progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
+                save_checkpoint(run_dir, modules, pool, progress)
+                saved_at = time.monotonic()
+            obs, rng = start_anew(derive_seed(args.seed, 1, progress.iteration), envs, camera)
+        began = time.monotonic()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress.iteration / args.num_iterations)
         ent_coef = args.ent_coef * max(0.0, 1 - 2 * progress.iteration / args.num_iterations)
-        # What few labels taught is often wrong, and a policy that follows it far shows nothing else to ask about
-        known, budget = (progress.labels_loaded + labels for labels in (progress.labels_used, args.labels))
-        target_kl = args.target_kl and args.target_kl * (known / budget if args.labels else 1.0)
-        # A tensor, since --compile would compile anew for each number
-        now = replace(args, ent_coef=torch.tensor(ent_coef, device=device), target_kl=target_kl)
         progress.iteration += 1
         progress.global_step += args.batch_size
-        finished_episodes, final_obs = [], []
-        for step in range(args.num_steps):
-            obs[step] = next_obs
-            with torch.no_grad():
-                action, logprobs[step], _, values[step], _ = agent.get_action_and_value(next_obs, generator=generator)
-            actions[step] = action
-            if args.asks_people:
-                shown.append([simulator_state(env) for env in envs.envs])
-            next_obs, env_rewards[step], _, ended[step], infos = envs.step(action.clamp(low, high).cpu().numpy())
-            next_obs = torch.tensor(next_obs, dtype=torch.float32, device=device)  # a copy: the buffer is used again
-            episode_return += env_rewards[step]
-            episode_length += 1
-            for i in np.flatnonzero(ended[step]):
-                final_obs.append(infos["final_obs"][i])
-                if episode_length[i] == envs.envs[i].length:  # the first after a common reset is shorter
-                    finished_episodes.append((episode_return[i], episode_length[i]))
-                episode_return[i] = episode_length[i] = 0
-        executed = actions.clamp(low, high)
-        actions_since_reset.append(executed.cpu())
-        progress.recent_returns = (progress.recent_returns + [float(r) for r, _ in finished_episodes])[-20:]
-
-        # 7. Rewards: the whole rollout by one model, in one go. Beside the log, only the oracle reads env_rewards.
-        oracle_rewards = env_rewards.astype(np.float32)
-        if args.true_reward:  # scaled and centred by running statistics, as the predictor's are
-            keep = 0.9 ** (args.batch_size / 2048) if progress.iteration > 1 else 0.0  # reaches 20,000 steps back
-            progress.true_reward_mean += (1 - keep) * (float(env_rewards.mean()) - progress.true_reward_mean)
-            progress.true_reward_var += (1 - keep) * (float(env_rewards.var()) - progress.true_reward_var)
-            scale = args.reward_std / max(math.sqrt(progress.true_reward_var), args.reward_std_floor)
-            pred_rewards = scale * torch.tensor(
-                env_rewards - progress.true_reward_mean, dtype=torch.float32, device=device
-            )
-        elif progress.paid_from < 0:
-            pred_rewards = torch.zeros(shape, device=device)
-        else:
-            raw = ensemble.score(model_inputs({"obs": obs, "actions": executed}))
-            pred_rewards = ensemble.normalise(raw, args.reward_std_floor, args.reward_std).view(shape)
-        if pool:
-            pool.add(obs=obs, actions=executed, oracle_rewards=oracle_rewards, pred_rewards=pred_rewards)
-
-        # 8. Update the policy, unless the first labels are still being collected: those are of the untrained one
-        pays = args.true_reward or progress.paid_from >= 0
-        if pays:
-            with torch.no_grad():
-                next_values = torch.cat([values[1:], agent.get_value(next_obs).unsqueeze(0)])
-                dones = torch.as_tensor(ended, dtype=torch.float32, device=device)
-                if final_obs:  # at a time limit the value of the state that the step led to: the next row is a reset's
-                    final_obs = torch.tensor(np.array(final_obs), dtype=torch.float32, device=device)
-                    next_values[dones.bool()] = agent.get_value(final_obs)
-            advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-            rollout = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
-            progress.policy_log = update_policy(agent, optimizer, loss_function, rollout, rngs["policy"], now)
-        agent.renew_statistics(obs.flatten(0, 1))
-
-        # 9. Ask when enough labels are due, and store each answer with copies of its clips
         last = progress.iteration == args.num_iterations
-        for _ in range(20 if last else 1):  # what a teacher skips is asked anew at the next occasion, if there is one
-            due, first = labels_due(progress, pool, last, args) if learns_reward else (0, 0)
-            busy = progress.paid_from >= 0 and progress.open >= OPEN_QUERIES and time.monotonic() < asked_at + 60
-            if args.asks_people and (last or busy):
-                due = 0  # nobody would answer in time; or there is enough to do, and what is newer may wait a minute
-            if args.asks_people and progress.paid_from >= 0:
-                due = min(due, QUERY_BATCH)  # however far they are behind: more would not be looked at
-            disputed = progress.paid_from >= 0 and args.ablation not in ("random-queries", "no-ensemble")
-            judge = ensemble if disputed else None
-            pairs = select_pairs(judge, pool, preferences, due, first, rngs["query"], args) if due else []
-            if not len(pairs):
-                break
-            starts = pairs.reshape(-1, 2)
-            rewards = pool.gather("oracle_rewards", starts, 0, args.clip_length).cpu().numpy().astype(np.float64)
-            rewards = rewards.reshape(len(pairs), 2, -1)
-            sums = rewards.sum(-1)
-            copies = pool.clips(starts, args.clip_length)
-            answers = {name: x.cpu().numpy().reshape(len(pairs), 2, *x.shape[1:]) for name, x in copies.items()}
-            answers |= {"returns": sums.astype(np.float32), "segments": pairs}
-            progress.fresh_from = pool.count
-            progress.asked += len(pairs)
-            if args.asks_people:
-                oldest, asked_at = pool.count - len(shown), time.monotonic()
-                for i, pair in enumerate(pairs.tolist()):
-                    sheets = {}
-                    for side, (env, row) in enumerate(pair):
-                        views = [shown[row - oldest + t][env] for t in shown_steps(args)]
-                        sheets[f"sheet_{side}"] = np.frombuffer(sprite_sheet(render_states(twin, views)), np.uint8)
-                    server.ask(queries, **{name: array[i] for name, array in answers.items()}, **sheets)
-                preferences.remember(pairs)
-                progress.open += len(pairs)
-                break
-            mu, skipped = teacher_answers(rngs["teacher"], rewards, progress.recent_sums, args)
-            progress.recent_sums = (progress.recent_sums + sums.flatten().tolist())[-1000:]
-            answers["mu"] = mu
-            preferences.add({name: array[~skipped] for name, array in answers.items()})
-            progress.skipped += int(skipped.sum())
-            progress.labels_used += int((~skipped).sum())
-            progress.ties += int((mu[~skipped] == 0.5).sum())
 
-        # 10. Update the reward model, then renew its statistics over rows of the recent pool
-        if ensemble and (progress.paid_from >= 0 or progress.labels_used >= args.initial_labels):
-            if progress.paid_from < 0:
-                pretrain(ensemble, reward_optimizer, preferences, rngs["reward"], args)
-                progress.paid_from = progress.global_step
-            owed = (progress.global_step - progress.paid_from) * args.pairs_per_step - progress.pairs_presented
-            minibatches = int(owed) // args.reward_minibatch_size
-            if minibatches >= REWARD_MINIBATCHES:
-                progress.pairs_presented += minibatches * args.reward_minibatch_size
-                if learns_reward:  # one that was loaded stays as it is, but for the scale of what it pays
-                    progress.reward_log = update_reward_model(
-                        ensemble, reward_optimizer, preferences, minibatches, rngs["reward"], args
-                    )
-            if minibatches >= REWARD_MINIBATCHES or not ensemble.renewals:
-                first, newest = pool.first_start(), pool.count - 1
-                rows = sample_pairs(rngs["reward"], STATISTICS_ROWS, first, newest, args.num_envs)[:, 0]
-                ensemble.renew_statistics(model_inputs(pool.clips(rows, 1)), args.reward_std_floor)
+        # 2. Roll the policy out
+        rollout, obs = roll_out(agent, envs, camera, obs, args)
+        values = rollout["values"]
 
-        # 11. Log, evaluate, save
-        if finished_episodes:
-            mean_return, mean_length = np.mean(finished_episodes, axis=0)
-            log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
-        if args.eval_every and progress.iteration % args.eval_every == 0:
-            evaluation_started = time.time()
-            result = evaluate(agent, None, args, derive_seed(args.seed, 12, progress.iteration))
-            log({"charts/eval_return": result["returns"].mean()})
-            evaluation_seconds = time.time() - evaluation_started
-        progress.wall_seconds = time.time() - started
+        # 3. Pay it: the whole rollout by one model, in one go. Only the baseline and the oracle read env_rewards
+        if args.true_reward:
+            # Scaled and centred by running statistics, as the predictor's are; they reach 20,000 steps back
+            keep = 0.9 ** (args.batch_size / 2048) if progress.iteration > 1 else 0.0
+            rewards = rollout["env_rewards"].to(values)
+            progress.reward_mean += (1 - keep) * (rewards.mean().item() - progress.reward_mean)
+            progress.reward_var += (1 - keep) * (rewards.var().item() - progress.reward_var)
+            scale = args.reward_std / max(math.sqrt(progress.reward_var), STD_FLOOR)
+            pred_rewards = scale * (rewards - progress.reward_mean)
+        else:
+            raw = ensemble.score(model_inputs({name: rollout[name].to(values) for name in CLIP_ARRAYS}))
+            pred_rewards = ensemble.normalise(raw, args.reward_std).view_as(values)
+            pool.add(rollout, rollout["env_rewards"], pred_rewards)
+
+        # 4. Update the policy. At a time limit the value of the state that the step led to: the next row is a reset's
+        dones = rollout["ended"].to(values)
+        with torch.no_grad():
+            next_values = agent.get_value(rollout["led_to"].to(args.device).flatten(0, 1)).view_as(values)
+        advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
+        batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns, values)
+        now = replace(args, ent_coef=ent_coef)
+        policy_log = update_policy(agent, optimizer, [x.flatten(0, 1) for x in batch], rng, now)
+        agent.renew_statistics(rollout["obs"].flatten(0, 1))
+
+        # 5. Ask when enough labels are due, and what nobody could answer anew; people get the last tenth to answer
+        step, schedule = progress.iteration * args.batch_size, total_steps * (0.9 if args.human else 1.0)
+        due = label_schedule(step, schedule, args.initial_labels, args.labels)
+        missing = due - preferences.used - preferences.open
+        if args.human:
+            missing = min(missing, OPEN_PAIRS - preferences.open)
+        if missing >= args.query_batch or (missing > 0 and due == args.labels):
+            first = max(pool.first_row(), camera.first_row() if camera else 0)
+            ask(disputed, pool, preferences, camera, missing, first, rng, args)
+        wanted = due if due == args.labels else int(0.75 * due)
+        waited = wait_for_people(preferences, wanted if args.wait_for_labels else 0, status, args)
+
+        # 6. Update the reward model, then renew its statistics over rows of the recent pool
+        minibatches = int((step * args.pairs_per_step - progress.pairs_presented) / args.reward_minibatch_size)
+        if minibatches >= REWARD_MINIBATCHES and not args.true_reward:
+            progress.pairs_presented += minibatches * args.reward_minibatch_size
+            if not args.reward_model:  # one that was loaded stays as it is, but for the scale of what it pays
+                reward_log = update_reward_model(ensemble, reward_optimizer, preferences, minibatches, rng, args)
+            renew_statistics(ensemble, pool, rng, args)
+
+        # 7. Log
+        progress.seconds += time.monotonic() - began - waited
         bar.update(args.batch_size)
-        stopping = bool(stop)
-        waiting = args.asks_people and behind_schedule(progress, args) and not (stopping or last)
-        due_to_save = stopping or last or progress.iteration % args.checkpoint_every == 0
-        if args.asks_people:  # a pair that people see must be of a run that can be gone on with
-            due_to_save |= progress.iteration == 1 or (progress.paid_from < 0 and progress.fresh_from == pool.count)
-        if due_to_save or progress.iteration % args.log_every == 0:
-            progress.policy_log = {name: float(value) for name, value in progress.policy_log.items()}
-            progress.reward_log = {name: float(value) for name, value in progress.reward_log.items()}
-            entropy = progress.policy_log.get("entropy", math.nan)
-            accuracy = progress.reward_log.get("accuracy_heldout", math.nan)
-            correlation = reward_correlation(pool, progress, args) if ensemble else math.nan
-            speed = (progress.global_step - line_step) / (time.time() - line_time)
-            line_time, line_step = time.time(), progress.global_step
-            ties = progress.ties / max(progress.labels_used, 1)
-            charts = {f"losses/{name}": value for name, value in progress.policy_log.items()}
-            charts |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
-            if ensemble:
-                charts |= {f"reward_model/{name}": value for name, value in progress.reward_log.items()}
-                charts |= {"labels/used": progress.labels_used, "labels/ties": ties, "labels/skipped": progress.skipped}
-                charts |= {"reward_model/correlation": correlation, "reward_model/raw_std": ensemble.std.mean().item()}
-                charts |= {"reward_model/pred_std": pred_rewards.std().item()}
-            log(charts)
-            if args.asks_people:
-                report(waiting)
-            left = (total_steps - progress.global_step) / speed
-            line = f"{progress.global_step:>10,} steps {progress.global_step / total_steps:4.0%} {speed:6,.0f}/s"
-            line += f"  {left // 3600:.0f}:{left % 3600 // 60:02.0f} h left  entropy {entropy:4.2f}"
-            line += f"  return {np.mean(progress.recent_returns) if progress.recent_returns else math.nan:7.1f}"
-            if ensemble:
-                line += f"  labels {progress.labels_used:,}/{args.labels:,} ({ties:.0%} ties)"
-                line += f"  held-out accuracy {accuracy:4.2f}  correlation {correlation:5.2f}"
-            tqdm.write(line)
-            sys.stdout.flush()
-            for message, bad in {
-                "nine of ten labels are ties: they teach little": progress.labels_used > 99 and ties > 0.9,
-                "the policy's std is near zero: it has stopped exploring": entropy < -1.6 * num_actions,
-                "the reward model judges no better than chance": accuracy < 0.55 and progress.pairs_presented > 5000,
-            }.items():
-                if bad and message not in warned:
+        status.tell("training")
+        scalars = {}
+        if envs.finished:
+            mean_return, mean_length = np.mean(envs.finished, axis=0)
+            scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            progress.returns = (progress.returns + [score for score, _ in envs.finished])[-20:]
+            envs.finished.clear()
+        if args.eval_every and progress.iteration % args.eval_every == 0:
+            scalars["charts/eval_return"] = evaluate(agent, args, derive_seed(args.seed, 2, progress.iteration)).mean()
+        if last or progress.iteration % args.log_every == 0:
+            speed = (progress.iteration - line_iteration) * args.batch_size / (progress.seconds - line_seconds)
+            line_seconds, line_iteration = progress.seconds, progress.iteration
+            scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
+            scalars |= {f"losses/{name}": float(value) for name, value in policy_log.items()}
+            if not args.true_reward:
+                scalars |= {f"reward_model/{name}": float(value) for name, value in reward_log.items()}
+                scalars["reward_model/correlation"] = reward_correlation(pool, args)
+                scalars["reward_model/raw_std"] = ensemble.std.mean().item()
+                scalars["reward_model/pred_std"] = pred_rewards.std().item()
+                scalars |= {"labels/used": preferences.used, "labels/skipped": preferences.skipped}
+                scalars["labels/ties"] = preferences.ties / max(preferences.used, 1)
+                status.accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
+            say(progress_line(scalars, speed, preferences, progress, args))
+            for message in warnings_about(scalars, progress):
+                if message not in warned:
+                    say(f"warning: {message}")
                     warned.add(message)
-                    tqdm.write(f"warning: {message}")
-        if due_to_save:
-            state = {name: module.state_dict() for name, module in modules.items()}
-            state |= {
-                "progress": asdict(progress),
-                "ensemble": ensemble.state_dict() if ensemble else None,
-                "hardware": [args.device, args.torch_threads],
-                "labels_on_disk": preferences.count if learns_reward else 0,
-                "pool": vars(pool) if pool else None,
-                "rngs": {name: json.dumps(rng.bit_generator.state) for name, rng in rngs.items()},
-                "generator": generator.get_state(),
-                "next_obs": next_obs,
-                "actions_since_reset": torch.stack(actions_since_reset),
-                "streams": torch.as_tensor(streams),
-            }
-            write_whole(run_dir / "checkpoint.pt", partial(torch.save, state))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if pays and trained:
-            progress.timed_steps += args.batch_size
-            progress.timed_seconds += time.time() - update_started - evaluation_seconds
-        trained |= pays
+        log(scalars)
 
-        # 12. Wait for people. While they answer, the agent stands still: a simulator is a hundred times faster.
-        if args.asks_people:
-            server.post(queries, progress)  # now that the checkpoint can be gone on from
-            server.receive(queries, preferences, progress)
-        line_at, waiting_since = 0.0, time.time()
-        while waiting and not stop:
-            if time.time() > line_at + 15:
-                line_at = time.time()
-                tqdm.write(f"waiting for people: {progress.labels_used:,} labels, {progress.open} pairs are open")
-                sys.stdout.flush()
-                report(waiting)
-            server.post(queries, progress)
-            server.receive(queries, preferences, progress, wait=5)
-            waiting = behind_schedule(progress, args)
-        stopping |= bool(stop) and due_to_save
-        if line_at:
-            report(waiting)
-            line_time += time.time() - waiting_since  # not the script's time
-
-    # 13. The final score, figure, video and summary
     bar.close()
-    for number, handler in zip(signals, handlers, strict=True):
-        signal.signal(number, handler)
-    finished = progress.iteration == args.num_iterations
-    returns = np.array([math.nan])
-    if finished:
-        result = evaluate(agent, ensemble, args, derive_seed(args.seed, 14), record=1000)
-        returns = result["returns"]
-        log({"charts/eval_return": returns.mean()})
-    accuracy = held_out(ensemble, preferences, args)[1] if learns_reward and len(preferences) else None
-    of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
-    of_args += ("teacher_skip", "teacher_equal", "seed", "pairs_per_step", "device")
-    of_progress = ("global_step", "labels_used", "asked", "skipped", "ties", "labels_loaded")
-    summary = {"finished": finished, "script": SCRIPT, "total_timesteps": total_steps}
-    summary |= {name: getattr(args, name) for name in of_args}
-    summary |= {name: getattr(progress, name) for name in of_progress}
-    summary |= {
-        "wall_seconds": time.time() - started,
-        "sps": progress.timed_steps / progress.timed_seconds if progress.timed_seconds else None,
-        "final_return_mean": float(returns.mean()),
-        "final_return_std": float(returns.std()),
-        "final_episodes": len(returns) if finished else None,
-        "reward_accuracy_heldout": accuracy,
-        "reward_correlation": reward_correlation(pool, progress, args) if ensemble else None,
-        "reward_loss": progress.reward_log.get("loss"),
-        "pg_loss": progress.policy_log.get("policy_loss"),
-        "v_loss": progress.policy_log.get("value_loss"),
-        "entropy": progress.policy_log.get("entropy"),
-        "params_sha256": params_sha256(agent, *([ensemble] if ensemble else [])),
-        "commit": commit,
-    }
-    # JSON has neither infinity nor NaN: what is absent or infinite is null
-    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
+    save_checkpoint(run_dir, modules, pool, progress)
+    scores = evaluate(agent, args, derive_seed(args.seed, 3))
+    log({"charts/eval_return": scores.mean()})
+    if not args.true_reward and not args.reward_model:
+        scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
+    summary = summarise(scalars, scores, preferences, progress, args)
+    write_whole(run_dir / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    status.tell("finished")
     writer.close()
-    if finished:
-        draw_episode(result, run_dir / "episode", f"{args.env_id}, {args.feedback}, {progress.labels_used:,} labels")
-        if progress.labels_used < args.labels:
-            print(f"warning: {args.labels - progress.labels_used} of {args.labels} labels were not answered in time")
-    if args.track:
+    if wandb_run:
         wandb_run.summary.update(summary)
-        if finished and result["screens"]:
-            wandb_run.log({"episode": wandb.Video(str(run_dir / "episode" / "episode.webm"), format="webm")})
         wandb_run.finish()
-    score = f"return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes"
-    print(f"{run_dir}: " + (score if finished else f"stopped; go on with --resume {run_dir}"))
+    if preferences.used < args.labels:
+        say(f"warning: {args.labels - preferences.used} of {args.labels} labels were not answered")
+    say(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes; figure and video: "
+        f"python evaluate.py {shlex.quote(str(run_dir))}")  # fmt: skip
+    lock.release()
     return summary
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # no terminal's encoding ends a run
+    args = parse_args()
     try:
-        train(parse_args())
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # --resume goes on from the last checkpoint
+        train(args)
+    except KeyboardInterrupt:  # a shell's loop ends only if this process dies of the signal itself
+        if args.resume:
+            print(f"\nto go on: python {SCRIPT}.py --resume {shlex.quote(args.resume)}")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -86,29 +86,23 @@ def fail(message: str):
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
-def within(kind: type, least: float, most: float = sys.float_info.max):
-    """An argument's type: numbers in least...most, others are refused with the flag's name. NaN lies in no range."""
+def within(kind: type, least: float, most: float):
+    """The type of an argument in least...most; tyro refuses others by the flag's name. NaN lies in no range."""
 
     def read(words: list[str]):
-        if not least <= (value := kind(words[0])) <= most:
-            bounds = f"in {least}...{most}" if most < 2**32 - 1 else f"{least} or more"
-            raise ValueError(f"{words[0]} is not {bounds}")
-        return value
+        if not least <= kind(words[0]) <= most:
+            raise ValueError(f"{words[0]} is not in [{least}, {most}]")
+        return kind(words[0])
 
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
-    )
+    name, is_kind = kind.__name__.upper(), lambda value: isinstance(value, kind)
+    return tyro.constructors.PrimitiveConstructorSpec(1, name, read, is_kind, lambda value: [str(value)])
 
 
 Count = Annotated[int, within(int, 1, 2**32 - 1)]
 Number = Annotated[int, within(int, 0, 2**32 - 1)]
 Share = Annotated[float, within(float, 0, 1)]
-Positive = Annotated[float, within(float, 1e-12)]
-Weight = Annotated[float, within(float, 0)]
+Weight = Annotated[float, within(float, 0, 1e9)]
+Positive = Annotated[float, within(float, 1e-12, 1e9)]
 Ablation = Literal[
     "none", "random-queries", "no-ensemble", "no-online-queries", "no-regularization", "no-segments", "target"
 ]
@@ -176,8 +170,7 @@ class Args:
     wandb_project_name: str = "rlhf"  # the W&B project
     wandb_entity: str | None = None  # the W&B team
     log_every: Count = 250  # iterations between two progress lines
-    eval_every: Number = 0  # iterations between two evaluations during training; 0 evaluates at the end only
-    eval_episodes: Count = 10  # per evaluation
+    eval_episodes: Count = 10  # of the evaluation at the end
 
     @property
     def feedback(self) -> str:
@@ -216,57 +209,33 @@ class Args:
         return max(1, min(QUERY_BATCH, (self.labels - self.initial_labels) // 10))
 
 
-def works(device: str) -> bool:
-    try:
-        return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
-    except (RuntimeError, AssertionError):
-        return False
-
-
 def refuse(args: Args) -> None:
     """End on what would train for hours on nothing, or would fail after something was written."""
     games = [name for name in gym.registry if name.startswith("ALE/")]
     if args.env_id not in games:
         near = difflib.get_close_matches(args.env_id, games, 3, 0.4) or ["ALE/Pong-v5"]
         fail(f"{args.env_id} is not an ALE game; did you mean {' or '.join(near)}?")
-    teacher = [(name, getattr(args, name)) for name in Args.__annotations__ if name.startswith("teacher_")]
-    imperfect = any(value != getattr(Args, name) for name, value in teacher)
-    sources = [source for source in (args.preferences, args.reward_model) if source]
-    fresh = 4 * args.query_batch * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
+    ablated, target = args.ablation != "none", args.ablation == "target"
+    taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
+    sources = [run for run in (args.preferences, args.reward_model) if run]
+    shown = 2 * args.clip_length * (args.labels - args.initial_labels)
+    pool = 4 * args.query_batch * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
     refused = {
         "give exactly one of --oracle, --human and --true-reward": args.oracle + args.human + args.true_reward != 1,
-        f"--device {args.device} is not available here": not works(args.device),
-        "--true-reward learns no reward: it takes no labels, teacher, ablation, --preferences or --reward-model": (
-            args.true_reward and (args.labels or imperfect or sources or args.ablation != "none")
+        "--true-reward learns no reward: it takes no labels, no --teacher-*, no --ablation and no other run": (
+            args.true_reward and (args.labels or taught or ablated or sources)
         ),
-        "--human takes no --teacher-* flags and no --ablation target: people give answers, not sums": (
-            args.human and (imperfect or args.ablation == "target")
-        ),
-        "--ablation target gives true sums as targets: it takes no --teacher-* flags": (
-            args.ablation == "target" and imperfect
-        ),
+        "--human takes no --teacher-* and no --ablation target: people give answers": args.human and (taught or target),
+        "--ablation target has true sums in place of answers: it takes no --teacher-*": target and taught,
         "--reward-model is used as it is: it takes --labels 0, no --preferences and no --ablation": (
-            args.reward_model and (args.labels or args.preferences or args.ablation != "none")
+            args.reward_model and (args.labels or args.preferences or ablated)
         ),
-        "--labels 0 leaves nothing to learn from: give --preferences or --reward-model": (
-            not (args.labels or args.true_reward or sources)
-        ),
-        "--labels 0 asks nothing: it takes no --teacher-* flags and no --ablation of the queries": (
-            not args.labels and (imperfect or args.ablation in ("random-queries", "no-online-queries"))
-        ),
-        f"--labels {args.labels}: their clips have more steps than the run, {args.total_timesteps}": (
-            2 * args.clip_length * (args.labels - args.initial_labels) > args.total_timesteps
-        ),
-        f"--query-pool-steps {args.query_pool_steps} is too small for these clips; {fresh} would do": (
-            args.labels and args.query_pool_steps < fresh
-        ),
-        f"--segment-length {args.segment_length}: WebP has no room for so many frames": (
-            args.human and math.ceil(args.clip_length / CLIP["columns"]) * CLIP["height"] > 16383
-        ),
+        "--labels 0 needs --preferences or --reward-model": not (args.labels or args.true_reward or sources),
+        f"--labels {args.labels}: their clips have more steps than the run": shown > args.total_timesteps,
+        f"--query-pool-steps must be {pool} at least for such clips": args.labels and args.query_pool_steps < pool,
     }
-    for message, wrong in refused.items():
-        if wrong:
-            fail(message)
+    for message in [message for message, wrong in refused.items() if wrong]:
+        fail(message)
     for source in sources:
         other = read_run(source)["args"]
         if other["env_id"] != args.env_id:
@@ -275,20 +244,9 @@ def refuse(args: Args) -> None:
         answers, _ = read_answers(Path(args.preferences) / "preferences" / "answers.jsonl")
         if not any(answer["mu"] is not None for answer in answers):
             fail(f"{args.preferences} has no answers: no label yet, or written by the first version of these scripts")
-        if (other["ablation"] == "no-segments", other["segment_length"]) != (
-            args.clip_length == 1,
-            args.segment_length,
-        ):
+        if args.clip_length != (1 if other["ablation"] == "no-segments" else other["segment_length"]):
             fail(f"{args.preferences} has clips of another length")
-    if args.track:
-        import wandb
-
-        try:
-            if wandb.setup().settings.mode == "online":
-                wandb.login()  # else `wandb.init` would fail when the run's directory is there already
-        except wandb.errors.Error as error:
-            fail(f"--track: {error}")
-    if args.reward_model and not read_checkpoint(args.reward_model)["ensemble"]["renewals"]:
+    if args.reward_model and other["true_reward"]:
         fail(f"{args.reward_model} has learned no reward model")
 
 
@@ -319,12 +277,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args.oracle_end_penalty = 0.0 if args.env_id == "ALE/Pong-v5" else 1.0
     if args.device in ("auto", "cuda"):
         args.device = "cuda:0" if args.device == "cuda" or torch.cuda.is_available() else "cpu"
-    on_cuda = args.device.startswith("cuda") and torch.cuda.is_available()
-    args.bf16 &= (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if on_cuda
-        else torch.cpu.get_capabilities().get("avx512_bf16", False)
-    )
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})")
+    if args.device.startswith("cuda"):
+        args.bf16 &= torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        args.bf16 &= torch.cpu.get_capabilities().get("avx512_bf16", False)
     refuse(args)
     if args.reward_model:
         args.num_members = len(read_checkpoint(args.reward_model)["ensemble"]["mean"])
@@ -538,7 +498,6 @@ class RewardEnsemble(nn.Module):
         self.register_buffer("mean", torch.zeros(members))
         self.register_buffer("std", torch.ones(members))
         self.register_buffer("average_std", torch.ones(()))
-        self.register_buffer("renewals", torch.zeros((), dtype=torch.int64))
         self.register_buffer("l2_coef", torch.full((members,), l2_coef))
         self.register_buffer("decisive", torch.zeros(2, 3, members))  # running `decisive_sums`
 
@@ -574,15 +533,13 @@ class RewardEnsemble(nn.Module):
     def renew_statistics(self, x):
         """Mean and std of each member, and std of their average, over recent rows (B, ...).
 
-        The means are not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update.
-        A mean that lags is an offset in the reward, and GAE turns that into a slope over each rollout.
+        Not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update. A mean that
+        lags is an offset in the reward, and GAE turns that into a slope over each rollout.
         """
         raw = self.score(x)
         self.mean.copy_(raw.mean(0))
-        self.std.lerp_(raw.std(0), 0.5 if self.renewals else 1.0)
-        average = ((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1)
-        self.average_std.lerp_(average.std(), 0.5 if self.renewals else 1.0)
-        self.renewals += 1
+        self.std.copy_(raw.std(0))
+        self.average_std.copy_(((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1).std())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -786,14 +743,12 @@ def preference_loss(difference, mu):
     return -mu * preference_probability(difference).log() - (1 - mu) * preference_probability(-difference).log()
 
 
-def target_loss(sums, returns):
-    """Ablation `target`: both clips' sums regressed on the true ones, standardised. (B, 2, M), (B, 2) -> (B, M)."""
-    return (sums - returns.unsqueeze(-1)).square().mean(1)
-
-
 def label_losses(sums, mu, returns, ablation: str):
-    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); returns: (B, 2)."""
-    return target_loss(sums, returns) if ablation == "target" else preference_loss(sums[:, 0] - sums[:, 1], mu)
+    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); returns: (B, 2). Ablation `target`: both clips'
+    sums are regressed on the true ones."""
+    if ablation == "target":
+        return (sums - returns.unsqueeze(-1)).square().mean(1)
+    return preference_loss(sums[:, 0] - sums[:, 1], mu)
 
 
 def disagreement(sums, ablation: str):
@@ -958,32 +913,25 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
         decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
         optimizer.zero_grad()
         (loss + (ensemble.l2_coef * decay).sum()).backward()
-        grad_norm = nn.utils.get_total_norm([weight.grad for weight in ensemble.parameters()])
         optimizer.step()
-        logged.append(torch.stack([loss.detach() / ensemble.members, grad_norm]))
+        logged.append(loss.detach() / ensemble.members)
         if minibatch % 4 == 0:
             at = rng.integers(len(preferences.labels), size=args.reward_minibatch_size)
             checked = decisive_sums(ensemble, preferences, at, args)
             ensemble.decisive.mul_(0.98).add_(checked)  # reaches 50 checks back: 200 minibatches
             if args.ablation != "no-regularization":
                 adapt_l2(ensemble)
-    (held_out_loss, held_out_right, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
-    mean_loss, mean_grad_norm = torch.stack(logged).mean(0)
-    return {
-        "loss": mean_loss,
-        "grad_norm": mean_grad_norm,
-        "loss_heldout": (held_out_loss / held_out_labels).nanmean(),
-        "loss_train": (train_loss / train_labels).nanmean(),
-        "accuracy_heldout": (held_out_right / held_out_labels).nanmean(),
-        "l2_coef": ensemble.l2_coef.mean(),
-    }
+    (loss_heldout, right, labels), (loss_train, _, labels_train) = ensemble.decisive
+    info = {"loss": torch.stack(logged), "loss_heldout": loss_heldout / labels, "accuracy_heldout": right / labels}
+    info |= {"loss_train": loss_train / labels_train, "l2_coef": ensemble.l2_coef}
+    return {name: value.nanmean() for name, value in info.items()}
 
 
-def pretrain(ensemble, optimizer, preferences, rng, status, args: Args) -> None:
+def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> None:
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
     while stale < 4 and presented < args.pretrain_pairs:
-        status.tell("pretraining", progress=presented / args.pretrain_pairs)
+        tell("pretraining", preferences, progress, args, share=presented / args.pretrain_pairs)
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
@@ -1000,25 +948,22 @@ def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Arg
 def select_pairs(ensemble, pool: SegmentPool, num: int, first: int, rng, args: Args) -> np.ndarray:
     """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
 
-    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. Where
-    they must be scored, a segment stands in four of them: a quarter of the work. No segment is in two pairs.
+    With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. No
+    segment is in two pairs, or twice in one.
     """
-    length, uses = args.clip_length, 1 if ensemble is None else 4
-    num_starts = 2 * math.ceil(QUERY_CANDIDATES * num / uses)
-    starts = sample_segments(rng, num_starts, first, pool.count - length, args.num_envs)
-    candidates = np.concatenate([rng.permutation(num_starts) for _ in range(uses)]).reshape(-1, 2)  # of `starts`
+    length, num_candidates = args.clip_length, QUERY_CANDIDATES * num
+    segments = sample_segments(rng, 2 * num_candidates, first, pool.count - length, args.num_envs)
+    candidates = segments.reshape(-1, 2, 2)
     if ensemble is not None:
-        parts = np.array_split(starts, math.ceil(num_starts / 32))
-        raw = torch.cat([ensemble.score(model_inputs(pool.clips(part, length))) for part in parts])
-        sums = raw.view(num_starts, length, -1).sum(1)[torch.as_tensor(candidates, device=raw.device)]
-        order = disagreement(sums, args.ablation).argsort(descending=True, stable=True)
-        candidates = candidates[order.cpu().numpy()]
+        raw = torch.cat([ensemble.score(model_inputs(pool.clips(part, length))) for part in np.split(segments, num)])
+        disputed = disagreement(raw.view(num_candidates, 2, length, -1).sum(2), args.ablation)
+        candidates = candidates[disputed.argsort(descending=True, stable=True).cpu().numpy()]
     chosen, used = [], set()
-    for pair in starts[candidates].tolist():
-        segments = {tuple(segment) for segment in pair}
-        if len(chosen) < num and len(segments - used) == 2:
+    for pair in candidates.tolist():
+        clips = {tuple(segment) for segment in pair}
+        if len(chosen) < num and len(clips - used) == 2:
             chosen.append(pair)
-            used |= segments
+            used |= clips
     return np.array(chosen, dtype=np.int64).reshape(-1, 2, 2)
 
 
@@ -1034,13 +979,13 @@ def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int,
     preferences.read()
 
 
-def wait_for_people(preferences: Preferences, wanted: int, status, args: Args) -> float:
+def wait_for_people(phase: str, wanted: int, preferences: Preferences, progress, args: Args) -> float:
     """Stand still until so many labels have come or no pair is open: a simulator is a hundred times faster. Out: the
     seconds that it took."""
     began = told = time.monotonic()
     preferences.read()
     while args.human and preferences.used < wanted and preferences.open:
-        status.tell("waiting", wanted=wanted)
+        tell(phase, preferences, progress, args, wanted=wanted)
         if time.monotonic() > told:
             say(f"waiting for people: {preferences.used:,} of {wanted:,} labels, {preferences.open} pairs are open")
             told = time.monotonic() + 15
@@ -1071,18 +1016,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def git_commit() -> str | None:
-    """Commit of this file's repository, with a "+" where this file is not as in it; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", __file__], capture_output=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed else "")
-
-
-def make_run_dir(args: Args) -> Path:
+def make_run_dir(args: Args, wandb_id: str | None) -> Path:
     """Make the run's own directory: a copy of this script, what --preferences gives, and args.json at the end."""
     runs_dir = Path(args.runs_dir).expanduser()
     while True:
@@ -1105,22 +1039,20 @@ def make_run_dir(args: Args) -> Path:
             shutil.copy(source / f"{line['pair']:08d}.npz", run_dir / "preferences")
         journal = run_dir / "preferences" / "answers.jsonl"
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
         "args": asdict(args),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": git_commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}",
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
         "clip": CLIP | {"frames": args.clip_length},
+        "wandb_id": wandb_id,
     }
-    write_run(run_dir, run)
-    return run_dir
-
-
-def write_run(run_dir: Path, run: dict) -> None:
     write_whole(run_dir / "args.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
+    return run_dir
 
 
 def read_run(run_dir: str | Path) -> dict:
@@ -1133,49 +1065,37 @@ def read_run(run_dir: str | Path) -> dict:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
 
 
-def lock_run(run_dir: Path) -> filelock.FileLock:
-    """Keep every other process out of a run until this one has ended; exit code 2 if one is in there."""
+def open_run(args: Args) -> tuple[Path, filelock.FileLock, object]:
+    """The run's directory, new or that of --resume; the lock that keeps other processes out of it; and its W&B run,
+    the same one whatever the directory is called now, or None."""
+    run = read_run(args.resume) if args.resume else {}
+    wandb_run = None
+    if args.track:
+        import wandb
+
+        where, config = {"project": args.wandb_project_name, "entity": args.wandb_entity}, asdict(args)
+        try:
+            wandb_run = wandb.init(**where, id=run.get("wandb_id"), config=config, resume="allow")
+        except wandb.errors.Error as error:
+            fail(f"--track: {error}")
+        wandb_run.define_metric("*", step_metric="global_step")
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args, wandb_run and wandb_run.id)
     lock = filelock.FileLock(run_dir / "run.lock")
     try:
         lock.acquire(timeout=1)  # the label server looks in for a moment
     except filelock.Timeout:
         fail(f"another process is running {run_dir}")
-    return lock
+    return run_dir, lock, wandb_run
 
 
-def start_wandb(run_dir: Path, args: Args):
-    """The W&B run, the same one when this run is resumed, whatever its directory is called; None without --track."""
-    if not args.track:
-        return None
-    import wandb
-
-    run = read_run(run_dir)
-    wandb_run = wandb.init(
-        project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.resolve().name, id=run.get("wandb_id"),
-        group=f"{args.env_id}-{args.feedback}", config=asdict(args), dir=str(run_dir), resume="allow",
-    )  # fmt: skip
-    wandb_run.define_metric("*", step_metric="global_step")
-    write_run(run_dir, run | {"wandb_id": wandb_run.id})
-    return wandb_run
-
-
-class Status:
-    """status.json, what the label page tells of a run of people: its phase, and when there will be more to do."""
-
-    def __init__(self, run_dir: Path, preferences: Preferences, progress: Progress, args: Args):
-        self.path, self.preferences, self.progress, self.args = run_dir / "status.json", preferences, progress, args
-        self.told, self.accuracy = -math.inf, math.nan
-
-    def tell(self, phase: str, **numbers):
-        """phase: initial, waiting, pretraining, training or finished. At most one file per second."""
-        if not self.args.human or (time.monotonic() < self.told + 1 and phase != "finished"):
-            return
-        self.told, step = time.monotonic(), self.progress.iteration * self.args.batch_size
-        status = {"phase": phase, "wanted": None, "progress": None} | numbers
-        status |= {name: getattr(self.args, name) for name in ("labels", "total_timesteps")}
-        status |= {"labels_used": self.preferences.used, "asked": self.preferences.asked, "global_step": step}
-        status |= {"accuracy_heldout": self.accuracy if math.isfinite(self.accuracy) else None, "time": time.time()}
-        write_whole(self.path, lambda file: file.write(json.dumps(status).encode()))
+def tell(phase: str, preferences: Preferences, progress: Progress, args: Args, **more) -> None:
+    """status.json, what the label page tells of a run of people. Phases: initial, pretraining, training, finished; with
+    `wanted`, it stands still until so many labels have come."""
+    if args.human:
+        status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
+        status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
+        status |= {"global_step": progress.iteration * args.batch_size} | more
+        write_whole(Path(args.resume) / "status.json", lambda file: file.write(json.dumps(status).encode()))
 
 
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
@@ -1212,17 +1132,15 @@ def load_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool) -> Progress
     return Progress(**state["progress"])
 
 
-def derive_seed(*key: int) -> int:
-    """A 31-bit seed from (run seed, purpose, index): purposes never share a stream."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
-
-
-def start_anew(seed: int, envs: Envs, camera: Camera | None) -> tuple[np.ndarray, np.random.Generator]:
-    """Reset environments and generators. So a resumed run needs none of their states to be the same run."""
+def start_anew(key: list[int], envs: Envs, camera: Camera | None) -> tuple[np.ndarray, np.random.Generator]:
+    """Reset environments and generators, by (seed, phase, iteration): so a resumed run needs none of their states to be
+    the same run."""
+    rng = np.random.default_rng(key)
+    seed = int(rng.integers(2**31))
     torch.manual_seed(seed)  # actions and dropout
     if camera:
         camera.reset(seed)
-    return envs.reset(seed), np.random.default_rng(seed)
+    return envs.reset(seed), rng
 
 
 @torch.no_grad()
@@ -1276,60 +1194,19 @@ def keep_large_buffers() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def progress_line(scalars: dict, speed: float, preferences: Preferences, progress: Progress, args: Args) -> str:
-    share = progress.iteration / args.num_iterations
-    left = (args.num_iterations - progress.iteration) * args.batch_size / speed
-    mean_return = np.mean(progress.returns) if progress.returns else math.nan
-    line = (
-        f"{progress.global_step:>10,} steps {share:4.0%} {speed:6,.0f}/s  {left // 3600:.0f}:{left % 3600 // 60:02.0f}"
-    )
-    line += f" h left  return {mean_return:7.1f}  entropy {scalars['losses/entropy']:4.2f}"
-    if not args.true_reward:
-        accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
-        line += f"  labels {preferences.used:,}/{args.labels:,} ({scalars['labels/ties']:.0%} ties)"
-        line += f"  held-out accuracy {accuracy:4.2f}  correlation {scalars['reward_model/correlation']:5.2f}"
-    return line
-
-
-def warnings_about(scalars: dict, progress: Progress) -> list[str]:
-    """What is known to be bad. Each is told once."""
-    accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
-    bad = {
-        "nine of ten labels are ties: they teach little": (
-            scalars.get("labels/used", 0) > 99 and scalars["labels/ties"] > 0.9
-        ),
-        "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,
-        "the reward model judges no better than chance": accuracy < 0.55 and progress.pairs_presented > 5000,
-    }
-    return [message for message, is_so in bad.items() if is_so]
-
-
 def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progress: Progress, args: Args) -> dict:
     """What summary.json holds. JSON has neither infinity nor NaN: what is absent or infinite is null."""
-    of_args = ("env_id", "feedback", "labels", "ablation", "teacher_beta", "teacher_gamma", "teacher_mistake")
-    of_args += ("teacher_skip", "teacher_equal", "seed", "pairs_per_step", "device")
-    summary = {"finished": True, "script": SCRIPT, "total_timesteps": args.num_iterations * args.batch_size}
-    summary |= {name: getattr(args, name) for name in of_args}
-    summary |= {
-        "global_step": progress.global_step,
-        "labels_used": preferences.used,
-        "asked": preferences.asked - preferences.first,
-        "skipped": preferences.skipped,
-        "ties": preferences.ties,
-        "labels_loaded": preferences.loaded,
-        "wall_seconds": progress.wall_seconds,
-        "sps": progress.iteration * args.batch_size / max(progress.seconds, 1e-9),
-        "final_return_mean": float(scores.mean()),
-        "final_return_std": float(scores.std()),
-        "final_episodes": len(scores),
-        "reward_accuracy_heldout": scalars.get("reward_model/accuracy_heldout"),
-        "reward_correlation": scalars.get("reward_model/correlation"),
-        "reward_loss": scalars.get("reward_model/loss"),
-        "pg_loss": scalars.get("losses/policy_loss"),
-        "v_loss": scalars.get("losses/value_loss"),
-        "entropy": scalars.get("losses/entropy"),
-        "commit": read_run(args.resume)["commit"],  # what this run began with, whatever is checked out when it ends
-    }
+    summary = asdict(args) | asdict(progress) | {"finished": True, "script": SCRIPT, "feedback": args.feedback}
+    summary |= {"total_timesteps": args.num_iterations * args.batch_size, "asked": progress.asked - preferences.first}
+    summary |= {"labels_used": preferences.used, "labels_loaded": preferences.loaded}
+    summary |= {"skipped": preferences.skipped, "ties": preferences.ties}
+    summary |= {"sps": progress.iteration * args.batch_size / max(progress.seconds, 1e-9)}
+    summary |= {"final_return_mean": float(scores.mean()), "final_return_std": float(scores.std())}
+    summary |= {"final_episodes": len(scores), "commit": read_run(args.resume)["commit"]}  # that this run began with
+    for name in ("accuracy_heldout", "correlation", "loss"):
+        summary[f"reward_{name}"] = scalars.get(f"reward_model/{name}")
+    for name, metric in {"pg_loss": "policy_loss", "v_loss": "value_loss", "entropy": "entropy"}.items():
+        summary[name] = scalars.get(f"losses/{metric}")
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
@@ -1338,11 +1215,9 @@ def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progr
 # ----------------------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Train, or go on with a run. Returns what summary.json holds."""
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    args.resume, lock = str(run_dir), lock_run(run_dir)
-    is_new = not (run_dir / "checkpoint.pt").exists()
+    run_dir, lock, wandb_run = open_run(args)
+    args.resume, is_new = str(run_dir), not (run_dir / "checkpoint.pt").exists()
     (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
-    wandb_run = start_wandb(run_dir, args)
     torch.set_num_threads(args.threads)
     keep_large_buffers()
     if args.device.startswith("cuda"):
@@ -1362,7 +1237,6 @@ def train(args: Args) -> dict:
     window = None if args.ablation == "no-online-queries" else args.label_window
     preferences = Preferences(run_dir / "preferences", progress.asked, window, args)
     camera = Camera(args, args.num_envs, args.pool_rows, pool.count) if args.human and args.labels else None
-    status = Status(run_dir, preferences, progress, args)
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
 
     def log(scalars: dict):
@@ -1382,7 +1256,7 @@ def train(args: Args) -> dict:
     if is_new and not args.true_reward:
         if args.reward_model:
             ensemble.load_state_dict(read_checkpoint(args.reward_model)["ensemble"])
-        obs, rng = start_anew(derive_seed(args.seed, 0), envs, camera)
+        obs, rng = start_anew([args.seed, 0], envs, camera)
         first_fresh = 0  # row; of earlier ones something was asked
         wanted = min(args.labels, args.initial_labels + args.query_batch * args.human)  # people have some to go on with
         while not pool.count or preferences.used < args.initial_labels:
@@ -1396,9 +1270,9 @@ def train(args: Args) -> dict:
                 ask(None, pool, preferences, camera, min(missing, room), first_fresh, rng, args)
                 first_fresh = pool.count
             elif missing <= 0:
-                wait_for_people(preferences, args.initial_labels, status, args)
+                wait_for_people("initial", args.initial_labels, preferences, progress, args)
         if not args.reward_model:
-            pretrain(ensemble, reward_optimizer, preferences, rng, status, args)
+            pretrain(ensemble, reward_optimizer, preferences, progress, rng, args)
         renew_statistics(ensemble, pool, rng, args)
 
     disputed = None if args.ablation in ("random-queries", "no-ensemble") else ensemble
@@ -1411,7 +1285,7 @@ def train(args: Args) -> dict:
                 progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
                 save_checkpoint(run_dir, modules, pool, progress)
                 saved_at = time.monotonic()
-            obs, rng = start_anew(derive_seed(args.seed, 1, progress.iteration), envs, camera)
+            obs, rng = start_anew([args.seed, 1, progress.iteration], envs, camera)
         began = time.monotonic()
         if args.anneal_lr:
             share = progress.iteration / (1.6 * args.num_iterations)
@@ -1452,7 +1326,8 @@ def train(args: Args) -> dict:
             first = max(pool.first_row(), camera.first_row() if camera else 0)
             ask(disputed, pool, preferences, camera, missing, first, rng, args)
         wanted = due if due == args.labels else int(0.75 * due)
-        waited = wait_for_people(preferences, wanted if args.wait_for_labels else 0, status, args)
+        wanted *= args.wait_for_labels
+        waited = wait_for_people("training", wanted, preferences, progress, args)
 
         # 6. Update the reward model, then renew its statistics over rows of the recent pool
         minibatches = int((step * args.pairs_per_step - progress.pairs_presented) / args.reward_minibatch_size)
@@ -1465,15 +1340,13 @@ def train(args: Args) -> dict:
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
         bar.update(args.batch_size)
-        status.tell("training")
+        tell("training", preferences, progress, args)
         scalars = {}
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0)
             scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
             progress.returns = (progress.returns + [score for score, _ in envs.finished])[-20:]
             envs.finished.clear()
-        if args.eval_every and progress.iteration % args.eval_every == 0:
-            scalars["charts/eval_return"] = evaluate(agent, args, derive_seed(args.seed, 2, progress.iteration)).mean()
         if last or progress.iteration % args.log_every == 0:
             speed = (progress.iteration - line_iteration) * args.batch_size / (progress.seconds - line_seconds)
             line_seconds, line_iteration = progress.seconds, progress.iteration
@@ -1486,10 +1359,20 @@ def train(args: Args) -> dict:
                 scalars["reward_model/pred_std"] = pred_rewards.std().item()
                 scalars |= {"labels/used": preferences.used, "labels/skipped": preferences.skipped}
                 scalars["labels/ties"] = preferences.ties / max(preferences.used, 1)
-                status.accuracy = scalars.get("reward_model/accuracy_heldout", math.nan)
-            say(progress_line(scalars, speed, preferences, progress, args))
-            for message in warnings_about(scalars, progress):
-                if message not in warned:
+            hours = (total_steps - step) / speed / 3600
+            shown = {"return": np.mean(progress.returns or math.nan), "entropy": scalars["losses/entropy"]}
+            if not args.true_reward:
+                shown |= {"labels": preferences.used, "ties": scalars["labels/ties"]}
+                shown |= {"held-out accuracy": scalars.get("reward_model/accuracy_heldout", math.nan)}
+                shown |= {"correlation": scalars["reward_model/correlation"]}
+            say(f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {hours:4.1f} h left  "
+                + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))  # fmt: skip
+            for message, bad in {
+                "nine of ten labels are ties: they teach little": shown.get("ties", 0) > 0.9,
+                "the policy's entropy is near zero: it has stopped exploring": shown["entropy"] < 0.05,
+                "the reward model judges no better than chance": shown.get("held-out accuracy", 1) < 0.55,
+            }.items():
+                if bad and message not in warned:
                     say(f"warning: {message}")
                     warned.add(message)
         log(scalars)
@@ -1497,13 +1380,13 @@ def train(args: Args) -> dict:
     bar.close()
     progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
     save_checkpoint(run_dir, modules, pool, progress)
-    scores = evaluate(agent, args, derive_seed(args.seed, 3))
+    scores = evaluate(agent, args, args.seed)
     log({"charts/eval_return": scores.mean()})
     if not args.true_reward and not args.reward_model:
         scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
     summary = summarise(scalars, scores, preferences, progress, args)
     write_whole(run_dir / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    status.tell("finished")
+    tell("finished", preferences, progress, args)
     writer.close()
     if wandb_run:
         wandb_run.summary.update(summary)

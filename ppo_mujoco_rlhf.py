@@ -79,12 +79,10 @@ CLIP = {"width": 384, "height": 384, "columns": 5, "pixelated": False}  # what p
 def fail(message: str):
     """End on bad input: one sentence on stderr, exit code 2."""
     print(f"{SCRIPT}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    sys.exit(2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Arguments -------------------------------------------------------------------------------------------------------
 def within(kind: type, least: float, most: float):
     """The type of an argument in least...most; tyro refuses others by the flag's name. NaN lies in no range."""
 
@@ -173,30 +171,13 @@ class Args:
     log_every: Count = 10  # iterations between two progress lines
     eval_episodes: Count | None = None  # of the evaluation at the end; default 10, and 100 of Reacher's short ones
 
-    @property
-    def feedback(self) -> str:
-        return "oracle" if self.oracle else "human" if self.human else "true-reward"
-
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def num_iterations(self) -> int:
-        return math.ceil(self.total_timesteps / self.batch_size)
-
-    @property
-    def clip_length(self) -> int:
-        return 1 if self.ablation == "no-segments" else self.segment_length
-
-    @property
-    def members(self) -> int:
-        return 1 if self.ablation == "no-ensemble" else self.num_members
-
-    @property
-    def pool_rows(self) -> int:
-        """Rows per environment in the query pool."""
-        return math.ceil(self.query_pool_steps / self.num_envs)
+    # What follows from these
+    feedback = property(lambda self: "oracle" if self.oracle else "human" if self.human else "true-reward")
+    batch_size = property(lambda self: self.num_envs * self.num_steps)
+    num_iterations = property(lambda self: math.ceil(self.total_timesteps / self.batch_size))
+    clip_length = property(lambda self: 1 if self.ablation == "no-segments" else self.segment_length)
+    members = property(lambda self: 1 if self.ablation == "no-ensemble" else self.num_members)
+    pool_rows = property(lambda self: math.ceil(self.query_pool_steps / self.num_envs))
 
     @property
     def initial_labels(self) -> int:
@@ -227,14 +208,10 @@ def refuse(args: Args) -> None:
     pool = 4 * args.query_batch * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
     refused = {
         "give exactly one of --oracle, --human and --true-reward": args.oracle + args.human + args.true_reward != 1,
-        "--true-reward learns no reward: it takes no labels, no --teacher-*, no --ablation and no other run": (
-            args.true_reward and (args.labels or taught or ablated or sources)
-        ),
+        "--true-reward learns no reward": args.true_reward and (args.labels or taught or ablated or sources),
         "--human takes no --teacher-* and no --ablation target: people give answers": args.human and (taught or target),
         "--ablation target has true sums in place of answers: it takes no --teacher-*": target and taught,
-        "--reward-model is used as it is: it takes --labels 0, no --preferences and no --ablation": (
-            args.reward_model and (args.labels or args.preferences or ablated)
-        ),
+        "--reward-model takes --labels 0": args.reward_model and (args.labels or args.preferences or ablated),
         "--labels 0 needs --preferences or --reward-model": not (args.labels or args.true_reward or sources),
         f"--labels {args.labels}: their clips have more steps than the run": shown > args.total_timesteps,
         f"--query-pool-steps must be {pool} at least for such clips": args.labels and args.query_pool_steps < pool,
@@ -268,10 +245,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.resume:
         run = read_run(args.resume)
         if run["script"] != SCRIPT or run["args"].keys() != asdict(args).keys():
-            copy = shlex.quote(str(Path(args.resume) / f"{run['script']}.py"))
-            fail(
-                f"{args.resume} was begun by another script or version; its copy can go on: python {copy} --resume ..."
-            )
+            fail(f"{args.resume} was begun by another script or version: go on with the copy that lies in it")
         args = tyro.cli(Args, args=argv, default=Args(**run["args"]))
         for name in run["args"]:
             if name != "resume" and getattr(args, name) != run["args"][name]:
@@ -296,9 +270,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Environment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Environment -----------------------------------------------------------------------------------------------------
 # Steps per clip in the paper's tasks: 1.5 seconds (A.1) at the rates at which its authors' rl-teacher plays them.
 SEGMENT_LENGTH = {
     "Walker2d-v5": 45,
@@ -459,9 +431,7 @@ def sprite_sheet(frames: np.ndarray, quality: int) -> bytes:
     return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Policy ----------------------------------------------------------------------------------------------------------
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     torch.nn.init.orthogonal_(layer.weight, std)
     torch.nn.init.constant_(layer.bias, bias_const)
@@ -523,9 +493,7 @@ class Agent(nn.Module):
         return action, logprob, entropy, self.critic(x).flatten(), excess
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reward model
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Reward model ----------------------------------------------------------------------------------------------------
 class RewardEnsemble(nn.Module):
     """All members of the ensemble in one batched pass (sections 2.2.3 and A.1).
 
@@ -597,9 +565,7 @@ class RewardEnsemble(nn.Module):
         self.average_std.copy_(((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1).std())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pairs and answers
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Pairs and answers -----------------------------------------------------------------------------------------------
 def model_inputs(clips: dict) -> torch.Tensor:
     """n clips -> what the reward model reads of their rows, (n L, D): observation and action."""
     return torch.cat([clips["obs"], clips["executed"]], -1).flatten(0, 1)
@@ -661,6 +627,10 @@ def write_whole(path: Path, write) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def read_answers(journal: Path, position: int = 0) -> tuple[list[dict], int]:
@@ -759,18 +729,22 @@ class Preferences:
             label["weights"] = bootstrap_weights(line["pair"], self.members).to(self.device)
             self.labels.append(label)
         self.labels = self.labels[-self.window :]
+        if self.labels:
+            sums = torch.stack([label["sums"] for label in self.labels])
+            self.mean_sum, self.std_sum = sums.mean(), sums.std().clamp(min=1e-6)
 
     def batch(self, at) -> tuple:
-        """Labels at these places of the window: model inputs (2 n L, ...), mu (n,), sums (n, 2), weights (n, M)."""
+        """Labels at these places of the window: model inputs (2 n L, ...), mu (n,), sums (n, 2), weights (n, M).
+
+        The sums are standardised: what is fitted to them has a scale of its own, and no bias for their mean.
+        """
         labels = [self.labels[i] for i in at]
         clips = {name: torch.cat([label[name] for label in labels]) for name in CLIP_ARRAYS}
         mu, sums, weights = (torch.stack([label[name] for label in labels]) for name in ("mu", "sums", "weights"))
-        return model_inputs(clips), mu, sums, weights
+        return model_inputs(clips), mu, (sums - self.mean_sum) / self.std_sum, weights
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Maths of preferences (section 2.2)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Maths of preferences (section 2.2) ------------------------------------------------------------------------------
 def preference_probability(difference):
     """P[clip 0 preferred] of Bradley-Terry with 10 % uniformly random answers: 0.9 sigma + 0.05 (section 2.2.3)."""
     return 0.9 * torch.sigmoid(difference) + 0.05
@@ -836,9 +810,7 @@ def label_schedule(step: float, total_steps: float, initial: int, budget: int) -
     return int(initial + (budget - initial) * math.log1p(10 * share) / math.log(11) + 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Maths of the policy
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Maths of the policy ---------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalized advantage estimation; all (T, N).
 
@@ -876,9 +848,7 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     return loss, {name: value.detach() for name, value in info.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Updates
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Updates ---------------------------------------------------------------------------------------------------------
 def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
     """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
     (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
@@ -1039,9 +1009,7 @@ def wait_for_people(phase: str, wanted: int, preferences: Preferences, progress,
     return time.monotonic() - began
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Run state
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Run state -------------------------------------------------------------------------------------------------------
 @dataclass
 class Progress:
     """What a run counts; saved in every checkpoint."""
@@ -1098,7 +1066,7 @@ def make_run_dir(args: Args, wandb_id: str | None) -> Path:
         "clip": CLIP | {"frames": len(shown_steps(args.clip_length)), "fps": len(shown_steps(args.clip_length)) / 1.5},
         "wandb_id": wandb_id,
     }
-    write_whole(run_dir / "args.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
+    write_json(run_dir / "args.json", run)
     return run_dir
 
 
@@ -1126,12 +1094,17 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, object]:
         except wandb.errors.Error as error:
             fail(f"--track: {error}")
         wandb_run.define_metric("*", step_metric="global_step")
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args, wandb_run and wandb_run.id)
+        run["wandb_id"] = wandb_run.id
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args, run.get("wandb_id"))
     lock = filelock.FileLock(run_dir / "run.lock")
     try:
         lock.acquire(timeout=1)  # the label server looks in for a moment
     except filelock.Timeout:
         fail(f"another process is running {run_dir}")
+    if args.resume:
+        write_json(run_dir / "args.json", run | {"args": asdict(args) | {"resume": None}})
+    if wandb_run:
+        wandb_run.name = run_dir.resolve().name
     return run_dir, lock, wandb_run
 
 
@@ -1142,7 +1115,7 @@ def tell(phase: str, preferences: Preferences, progress: Progress, args: Args, *
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
         status |= {"global_step": progress.iteration * args.batch_size} | more
-        write_whole(Path(args.resume) / "status.json", lambda file: file.write(json.dumps(status).encode()))
+        write_json(Path(args.resume) / "status.json", status)
 
 
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
@@ -1250,9 +1223,7 @@ def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progr
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Train, or go on with a run. Returns what summary.json holds."""
     run_dir, lock, wandb_run = open_run(args)
@@ -1430,7 +1401,7 @@ def train(args: Args) -> dict:
     if not args.true_reward and not args.reward_model:
         scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
     summary = summarise(scalars, scores, preferences, progress, args)
-    write_whole(run_dir / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    write_json(run_dir / "summary.json", summary)
     tell("finished", preferences, progress, args)
     writer.close()
     if wandb_run:

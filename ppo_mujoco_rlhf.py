@@ -373,7 +373,7 @@ class Envs:
         obs, ended = led_to.copy(), self.left == 0
         for i in np.flatnonzero(ended):
             if self.length[i] == self.episode:  # the first after `stagger` is shorter
-                self.finished.append((self.score[i], self.length[i]))
+                self.finished.append((float(self.score[i]), int(self.length[i])))
             self.left[i], self.score[i], self.length[i] = self.episode, 0, 0
             obs[i] = self.tasks[i].reset()[0]
         return obs, {"env_rewards": rewards, "ended": ended, "executed": executed, "led_to": led_to}

@@ -53,15 +53,17 @@ from typing import Annotated, Literal
 
 import filelock
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.envs.mujoco import MujocoEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+RENDERER = os.environ.pop("MUJOCO_GL", "egl")  # import fails on one that this machine lacks; only pictures need it
+import mujoco  # noqa: E402
+from gymnasium.envs.mujoco import MujocoEnv  # noqa: E402
 
 SCRIPT = Path(__file__).stem
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run records
@@ -201,6 +203,12 @@ def refuse(args: Args) -> None:
         fail(f"{args.env_id} can't be made ({str(error).splitlines()[0]}); did you mean {' or '.join(near)}?")
     if not isinstance(task.unwrapped, MujocoEnv):
         fail(f"{args.env_id} is no MuJoCo task of Gymnasium's; did you mean Hopper-v5?")
+    if args.human:
+        try:
+            Camera(args, 1, 1)
+        except Exception as error:  # of Gymnasium's, OpenGL's or EGL's own
+            sys.unraisablehook = lambda _: None  # Gymnasium's half-made viewer complains as it goes
+            fail(f"--human: MuJoCo can't draw here ({error}); Debian has what it needs in libegl1")
     ablated, target = args.ablation != "none", args.ablation == "target"
     taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
     sources = [run for run in (args.preferences, args.reward_model) if run]
@@ -384,7 +392,7 @@ class Camera:
 
     def __init__(self, args: Args, num_envs: int, rows: int, first_row: int = 0):
         if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
+            os.environ["MUJOCO_GL"] = RENDERER  # by default egl, which needs no screen
         self.num_envs, self.kept, self.next_row = num_envs, deque(maxlen=rows), first_row
         model = make_task(args.env_id).unwrapped.model
         named = {"camera_name": "track"} if "track" in [model.camera(i).name for i in range(model.ncam)] else {}

@@ -140,6 +140,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss likewise
     ent_coef: Weight | None = None  # of the entropy bonus, zero from half of the run on; default: the paper's
     vf_coef: Weight = 0.5  # weight of the value loss
+    init_logstd: Annotated[float, within(float, -5, 2)] = -1.0  # logarithm of the std of the untrained policy's actions
     bound_coef: Weight = 0.1  # weight of the penalty on mean actions out of bounds: the square of how far
     max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
 
@@ -452,7 +453,7 @@ class Agent(nn.Module):
     low, high: (A,) bounds of what the task executes.
     """
 
-    def __init__(self, num_inputs: int, low, high):
+    def __init__(self, num_inputs: int, low, high, init_logstd: float):
         super().__init__()
         self.register_buffer("low", low.clone())
         self.register_buffer("high", high.clone())
@@ -469,7 +470,7 @@ class Agent(nn.Module):
             )
             for outputs, std in ((len(low), 0.01), (1, 1.0))
         )
-        self.actor_logstd = nn.Parameter(torch.zeros(len(low)))
+        self.actor_logstd = nn.Parameter(torch.full((len(low),), init_logstd))
 
     def normalise(self, x):
         return ((x - self.obs_mean.float()) / (self.obs_var.float() + 1e-8).sqrt()).clamp(-10, 10)
@@ -1244,7 +1245,7 @@ def train(args: Args) -> dict:
 
     envs = Envs(args, args.num_envs)
     low, high = torch.as_tensor(envs.low), torch.as_tensor(envs.high)
-    agent = Agent(envs.num_obs, low, high).to(args.device)
+    agent = Agent(envs.num_obs, low, high, args.init_logstd).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
     ensemble = RewardEnsemble(envs.num_obs + len(low), args.members, l2_coef).to(args.device)

@@ -49,5 +49,6 @@ if __name__ == "__main__":
         for flags in FLAGS:
             found = [digest(checkout, script, f"{SCRIPTS[script]} {flags}") for checkout in args.checkouts]
             differ += len(set(found)) > 1
-            print(script, flags.replace(ORACLE, "--oracle"), *found, "DIFFERS" if len(set(found)) > 1 else "", flush=True)
+            same = "" if len(set(found)) == 1 else "DIFFERS"
+            print(script, flags.replace(ORACLE, "--oracle"), *found, same, flush=True)
     sys.exit(differ > 0)

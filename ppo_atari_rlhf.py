@@ -1227,7 +1227,7 @@ def train(args: Args) -> dict:
         """To TensorBoard, and to W&B with steps and labels beside it: either can be the x axis there."""
         for name, value in scalars.items():
             writer.add_scalar(name, value, progress.global_step)
-        if wandb_run:
+        if wandb_run and scalars:
             wandb_run.log(scalars | {"global_step": progress.global_step, "labels": preferences.used})
 
     total_steps = args.num_iterations * args.batch_size
@@ -1304,8 +1304,9 @@ def train(args: Args) -> dict:
         missing = due - preferences.used - preferences.open
         if args.human:
             missing = min(missing, OPEN_PAIRS - preferences.open)
-        if missing >= args.query_batch or (missing > 0 and due == args.labels):
-            first = max(pool.first_row(), camera.first_row() if camera else 0)
+        first = max(pool.first_row(), camera.first_row() if camera else 0)  # a resumed run has no older pictures
+        enough = args.query_batch if due < args.labels else 1
+        if missing >= enough and pool.count >= first + args.clip_length:
             ask(disputed, pool, preferences, camera, missing, first, rng, args)
         wanted = due if due == args.labels else int(0.75 * due)
         wanted *= args.wait_for_labels

@@ -351,9 +351,9 @@ class Envs:
 class Camera:
     """Pictures for people: the same games once more, in colour, of which the last `rows` steps are kept."""
 
-    def __init__(self, args: Args, num_envs: int, rows: int, first_row: int = 0):
+    def __init__(self, args: Args, num_envs: int, rows: int):
         self.games = make_games(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        self.env_id, self.kept, self.next_row = args.env_id, deque(maxlen=rows), first_row
+        self.env_id, self.kept, self.next_row = args.env_id, deque(maxlen=rows), 0
 
     def reset(self, seed: int):
         self.screens, _ = self.games.reset(seed=seed)
@@ -1188,6 +1188,10 @@ def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progr
 # ---- Training --------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Train, or go on with a run. Returns what summary.json holds."""
+    try:
+        camera = Camera(args, args.num_envs, args.pool_rows) if args.human and args.labels else None
+    except Exception as error:  # of whatever draws
+        fail(f"--human: no pictures can be drawn here ({error})")
     run_dir, lock, wandb_run = open_run(args)
     args.resume, is_new = str(run_dir), not (run_dir / "checkpoint.pt").exists()
     (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
@@ -1209,7 +1213,8 @@ def train(args: Args) -> dict:
     progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
     window = None if args.ablation == "no-online-queries" else args.label_window
     preferences = Preferences(run_dir / "preferences", progress.asked, window, args)
-    camera = Camera(args, args.num_envs, args.pool_rows, pool.count) if args.human and args.labels else None
+    if camera:
+        camera.next_row = pool.count
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
 
     def log(scalars: dict):

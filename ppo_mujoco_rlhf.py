@@ -204,12 +204,6 @@ def refuse(args: Args) -> None:
         fail(f"{args.env_id} can't be made ({str(error).splitlines()[0]}); did you mean {' or '.join(near)}?")
     if not isinstance(task.unwrapped, MujocoEnv):
         fail(f"{args.env_id} is no MuJoCo task of Gymnasium's; did you mean Hopper-v5?")
-    if args.human:
-        try:
-            Camera(args, 1, 1)
-        except Exception as error:  # of Gymnasium's, OpenGL's or EGL's own
-            sys.unraisablehook = lambda _: None  # Gymnasium's half-made viewer complains as it goes
-            fail(f"--human: MuJoCo can't draw here ({error}); Debian has what it needs in libegl1")
     ablated, target = args.ablation != "none", args.ablation == "target"
     taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
     sources = [run for run in (args.preferences, args.reward_model) if run]
@@ -391,10 +385,11 @@ class Envs:
 class Camera:
     """Pictures for people: the positions and velocities of the last `rows` steps, drawn when they are asked for."""
 
-    def __init__(self, args: Args, num_envs: int, rows: int, first_row: int = 0):
+    def __init__(self, args: Args, num_envs: int, rows: int):
         if sys.platform == "linux":
             os.environ["MUJOCO_GL"] = RENDERER  # by default egl, which needs no screen
-        self.num_envs, self.kept, self.next_row = num_envs, deque(maxlen=rows), first_row
+        sys.unraisablehook = lambda _: None  # Gymnasium's viewers complain when they go
+        self.num_envs, self.kept, self.next_row = num_envs, deque(maxlen=rows), 0
         model = make_task(args.env_id).unwrapped.model
         named = {"camera_name": "track"} if "track" in [model.camera(i).name for i in range(model.ncam)] else {}
         size = {"width": CLIP["width"], "height": CLIP["height"]}
@@ -1235,6 +1230,10 @@ def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progr
 # ---- Training --------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
     """Train, or go on with a run. Returns what summary.json holds."""
+    try:
+        camera = Camera(args, args.num_envs, args.pool_rows) if args.human and args.labels else None
+    except Exception as error:  # of whatever draws
+        fail(f"--human: no pictures can be drawn here ({error})")
     run_dir, lock, wandb_run = open_run(args)
     args.resume, is_new = str(run_dir), not (run_dir / "checkpoint.pt").exists()
     (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
@@ -1255,7 +1254,8 @@ def train(args: Args) -> dict:
     pool = SegmentPool(rows, args.num_envs, envs.num_obs, len(low), args.device)
     progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
     preferences = Preferences(run_dir / "preferences", progress.asked, None, args)
-    camera = Camera(args, args.num_envs, args.pool_rows, pool.count) if args.human and args.labels else None
+    if camera:
+        camera.next_row = pool.count
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
 
     def log(scalars: dict):

@@ -340,6 +340,9 @@ class Envs:
         told = {"env_rewards": rewards, "lost": lost, "ended": ended, "history": before}
         return self.observe(stacks), told
 
+    def random_actions(self, rng) -> np.ndarray:
+        return rng.integers(self.num_actions, size=len(self.history))
+
     def observe(self, stacks: np.ndarray) -> np.ndarray:
         """What the agent sees of ALE's stacks, in place."""
         hide(stacks, self.env_id)
@@ -508,6 +511,14 @@ class RewardEnsemble(nn.Module):
         self.mean.copy_(raw.mean(0))
         self.std.copy_(raw.std(0))
         self.average_std.copy_(((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1).std())
+
+
+def make_models(args: Args, envs: Envs) -> tuple[Agent, RewardEnsemble]:
+    """Policy and reward model, untrained."""
+    agent = Agent(envs.num_actions, args.bf16)
+    l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
+    ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
+    return tuple(model.to(args.device, memory_format=torch.channels_last) for model in (agent, ensemble))
 
 
 # ---- Pairs and answers -----------------------------------------------------------------------------------------------
@@ -1202,11 +1213,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)  # initial parameters
 
     envs = Envs(args, args.num_envs)
-    agent = Agent(envs.num_actions, args.bf16).to(args.device, memory_format=torch.channels_last)
+    agent, ensemble = make_models(args, envs)
     optimizer = RMSpropTF(agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
-    l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
-    ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, args.bf16)
-    ensemble = ensemble.to(args.device, memory_format=torch.channels_last)
     reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
     modules = {"agent": agent, "optimizer": optimizer, "ensemble": ensemble, "reward_optimizer": reward_optimizer}
     pool = SegmentPool(0 if args.true_reward else args.pool_rows, args.num_envs, args.device)

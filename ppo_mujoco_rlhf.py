@@ -381,6 +381,9 @@ class Envs:
             obs[i] = self.tasks[i].reset()[0]
         return obs, {"env_rewards": rewards, "ended": ended, "executed": executed, "led_to": led_to}
 
+    def random_actions(self, rng) -> np.ndarray:
+        return rng.uniform(self.low, self.high, (len(self.tasks), len(self.low))).astype(np.float32)
+
 
 class Camera:
     """Pictures for people: the positions and velocities of the last `rows` steps, drawn when they are asked for."""
@@ -567,6 +570,14 @@ class RewardEnsemble(nn.Module):
         self.mean.copy_(raw.mean(0))
         self.std.copy_(raw.std(0))
         self.average_std.copy_(((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1).std())
+
+
+def make_models(args: Args, envs: Envs) -> tuple[Agent, RewardEnsemble]:
+    """Policy and reward model, untrained."""
+    agent = Agent(envs.num_obs, torch.as_tensor(envs.low), torch.as_tensor(envs.high), args.init_logstd)
+    l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
+    ensemble = RewardEnsemble(envs.num_obs + len(envs.low), args.members, l2_coef)
+    return agent.to(args.device), ensemble.to(args.device)
 
 
 # ---- Pairs and answers -----------------------------------------------------------------------------------------------
@@ -1243,15 +1254,12 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)  # initial parameters
 
     envs = Envs(args, args.num_envs)
-    low, high = torch.as_tensor(envs.low), torch.as_tensor(envs.high)
-    agent = Agent(envs.num_obs, low, high, args.init_logstd).to(args.device)
+    agent, ensemble = make_models(args, envs)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
-    ensemble = RewardEnsemble(envs.num_obs + len(low), args.members, l2_coef).to(args.device)
     reward_optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
     modules = {"agent": agent, "optimizer": optimizer, "ensemble": ensemble, "reward_optimizer": reward_optimizer}
     rows = 0 if args.true_reward else args.pool_rows
-    pool = SegmentPool(rows, args.num_envs, envs.num_obs, len(low), args.device)
+    pool = SegmentPool(rows, args.num_envs, envs.num_obs, len(envs.low), args.device)
     progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
     preferences = Preferences(run_dir / "preferences", progress.asked, None, args)
     if camera:

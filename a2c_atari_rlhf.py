@@ -61,7 +61,6 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 gym.register_envs(ale_py)
 SCRIPT = Path(__file__).stem
@@ -74,6 +73,7 @@ REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
 SAVE_SECONDS = 60  # between two checkpoints, at least
+SHOWN = ("losses/entropy", "labels/used", "labels/ties", "reward_model/accuracy_heldout", "reward_model/correlation")
 CLIP = {"width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}  # what people see of a clip
 
 
@@ -918,8 +918,8 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
-        say(f"pre-training: {presented:,} pairs, held-out loss {loss:.3f}, accuracy {accuracy:.3f}")
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
+    print(f"pre-trained on {presented:,} pairs: held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
 
 
 def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Args) -> None:
@@ -965,13 +965,12 @@ def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int,
 def wait_for_people(phase: str, wanted: int, preferences: Preferences, progress, args: Args) -> float:
     """Stand still until so many labels have come or no pair is open: a simulator is a hundred times faster. Out: the
     seconds that it took."""
-    began = told = time.monotonic()
+    began = time.monotonic()
     preferences.read()
+    if args.human and preferences.used < wanted and preferences.open:
+        print(f"waiting for people: {preferences.used} of {wanted} labels, {preferences.open} open pairs", flush=True)
     while args.human and preferences.used < wanted and preferences.open:
         tell(phase, preferences, progress, args, wanted=wanted)
-        if time.monotonic() > told:
-            say(f"waiting for people: {preferences.used:,} of {wanted:,} labels, {preferences.open} pairs are open")
-            told = time.monotonic() + 15
         time.sleep(1)
         preferences.read()
     return time.monotonic() - began
@@ -989,12 +988,6 @@ class Progress:
     seconds: float = 0.0  # of training: without waiting, evaluating and saving
     wall_seconds: float = 0.0
     returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
-
-
-def say(line: str) -> None:
-    """Print a line above the progress bar, at once: logs are followed."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def make_run_dir(args: Args, wandb_id: str | None) -> Path:
@@ -1233,9 +1226,9 @@ def train(args: Args) -> dict:
             wandb_run.log(scalars | {"global_step": progress.global_step, "labels": preferences.used})
 
     total_steps = args.num_iterations * args.batch_size
-    say(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps, {args.device}")
+    print(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps, {args.device}")
     if args.env_id not in HUD:
-        say(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
+        print(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
     started = time.monotonic() - progress.wall_seconds
 
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
@@ -1262,9 +1255,7 @@ def train(args: Args) -> dict:
         renew_statistics(ensemble, pool, rng, args)
 
     disputed = None if args.ablation in ("random-queries", "no-ensemble") else ensemble
-    bar = tqdm(total=total_steps, initial=progress.iteration * args.batch_size, unit="step", disable=None)
     scalars, warned, reward_log, obs, saved_at = {}, set(), {}, None, -math.inf
-    line_seconds, line_iteration = progress.seconds, progress.iteration
     while progress.iteration < args.num_iterations:
         if obs is None or progress.iteration % args.reset_every == 0:
             if time.monotonic() > saved_at + SAVE_SECONDS:
@@ -1326,7 +1317,6 @@ def train(args: Args) -> dict:
 
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
-        bar.update(args.batch_size)
         tell("training", preferences, progress, args)
         scalars = {}
         if envs.finished:
@@ -1335,8 +1325,7 @@ def train(args: Args) -> dict:
             progress.returns = (progress.returns + [score for score, _ in envs.finished])[-20:]
             envs.finished.clear()
         if last or progress.iteration % args.log_every == 0:
-            speed = (progress.iteration - line_iteration) * args.batch_size / (progress.seconds - line_seconds)
-            line_seconds, line_iteration = progress.seconds, progress.iteration
+            speed = step / progress.seconds
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
             scalars |= {f"losses/{name}": float(value) for name, value in policy_log.items()}
             if not args.true_reward:
@@ -1346,25 +1335,20 @@ def train(args: Args) -> dict:
                 scalars["reward_model/pred_std"] = pred_rewards.std().item()
                 scalars |= {"labels/used": preferences.used, "labels/skipped": preferences.skipped}
                 scalars["labels/ties"] = preferences.ties / max(preferences.used, 1)
-            hours = (total_steps - step) / speed / 3600
-            shown = {"return": np.mean(progress.returns or math.nan), "entropy": scalars["losses/entropy"]}
-            if not args.true_reward:
-                shown |= {"labels": preferences.used, "ties": scalars["labels/ties"]}
-                shown |= {"held-out accuracy": scalars.get("reward_model/accuracy_heldout", math.nan)}
-                shown |= {"correlation": scalars["reward_model/correlation"]}
-            say(f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {hours:4.1f} h left  "
-                + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))  # fmt: skip
+            left = (total_steps - step) / speed / 3600
+            line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
+            line += f"  return {np.mean(progress.returns or math.nan):.1f}"
+            print(line, *(f" {name} {scalars[name]:.4g}" for name in SHOWN if name in scalars), flush=True)
             for message, bad in {
-                "nine of ten labels are ties: they teach little": shown.get("ties", 0) > 0.9,
-                "the policy's entropy is near zero: it has stopped exploring": shown["entropy"] < 0.05,
-                "the reward model judges no better than chance": shown.get("held-out accuracy", 1) < 0.55,
+                "nine of ten labels are ties: they teach little": scalars.get("labels/ties", 0) > 0.9,
+                "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,
+                "the reward model judges by chance": scalars.get("reward_model/accuracy_heldout", 1) < 0.55,
             }.items():
                 if bad and message not in warned:
-                    say(f"warning: {message}")
+                    print(f"warning: {message}")
                     warned.add(message)
         log(scalars)
 
-    bar.close()
     progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
     save_checkpoint(run_dir, modules, pool, progress)
     scores = evaluate(agent, args, args.seed)
@@ -1379,9 +1363,9 @@ def train(args: Args) -> dict:
         wandb_run.summary.update(summary)
         wandb_run.finish()
     if preferences.used < args.labels:
-        say(f"warning: {args.labels - preferences.used} of {args.labels} labels were not answered")
-    say(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes; figure and video: "
-        f"python evaluate.py {shlex.quote(str(run_dir))}")  # fmt: skip
+        print(f"warning: {args.labels - preferences.used} of {args.labels} labels were not answered")
+    print(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes")
+    print(f"figure and video: python evaluate.py {shlex.quote(str(run_dir))}")
     lock.release()
     return summary
 

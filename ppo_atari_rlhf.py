@@ -34,7 +34,6 @@ Where this differs from the paper, and why (the evidence is in docs/atari.md):
 """
 
 import ctypes
-import difflib
 import json
 import math
 import os
@@ -200,10 +199,12 @@ class Args:
 
 def refuse(args: Args) -> None:
     """End on what would train for hours on nothing, or would fail after something was written."""
-    games = [name for name in gym.registry if name.startswith("ALE/")]
-    if args.env_id not in games:
-        near = difflib.get_close_matches(args.env_id, games, 3, 0.4) or ["ALE/Pong-v5"]
-        fail(f"{args.env_id} is not an ALE game; did you mean {' or '.join(near)}?")
+    try:
+        known = args.env_id.startswith("ALE/") and gym.spec(args.env_id)
+    except gym.error.Error as error:  # names what is near
+        fail(str(error))
+    if not known:
+        fail(f"{args.env_id} is not an ALE game, as ALE/Pong-v5 is one")
     ablated, target = args.ablation != "none", args.ablation == "target"
     taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
     sources = [run for run in (args.preferences, args.reward_model) if run]

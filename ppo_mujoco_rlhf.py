@@ -33,7 +33,6 @@ Where this differs from the paper, and why (the evidence is in docs/mujoco.md):
   * Episodes of 250 steps in InvertedPendulum; the paper does not give its length.
 """
 
-import difflib
 import json
 import math
 import os
@@ -196,14 +195,6 @@ class Args:
 
 def refuse(args: Args) -> None:
     """End on what would train for hours on nothing, or would fail after something was written."""
-    try:
-        task = make_task(args.env_id)
-    except Exception as error:  # Gymnasium's own, and whatever somebody's module raises
-        tasks = [name for name, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)]
-        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or ["Hopper-v5"]
-        fail(f"{args.env_id} can't be made ({str(error).splitlines()[0]}); did you mean {' or '.join(near)}?")
-    if not isinstance(task.unwrapped, MujocoEnv):
-        fail(f"{args.env_id} is no MuJoCo task of Gymnasium's; did you mean Hopper-v5?")
     ablated, target = args.ablation != "none", args.ablation == "target"
     taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
     sources = [run for run in (args.preferences, args.reward_model) if run]
@@ -255,8 +246,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
                 print(f"--{name.replace('_', '-')} is {getattr(args, name)} from now on, not {run['args'][name]}")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 700
-    if args.segment_length is None:
-        args.segment_length = segment_length(args.env_id)
+    if args.segment_length is None:  # the paper's, or 1.5 s within the range of its tasks
+        steps = round(1.5 / make_task(args.env_id).unwrapped.dt)
+        args.segment_length = SEGMENT_LENGTH.get(args.env_id, int(np.clip(steps, 15, 60)))
     if args.eval_episodes is None:
         args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
     if args.ent_coef is None:  # the paper's
@@ -296,16 +288,12 @@ def make_task(env_id: str, **kwargs) -> gym.Env:
         kwargs["include_cfrc_ext_in_observation"] = False
     mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute, as told at every start
     try:
-        return gym.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
-    finally:
-        mujoco.set_mju_user_warning(None)
-
-
-def segment_length(env_id: str) -> int:
-    """Steps per clip: the paper's, or 1.5 s within the range of its tasks."""
-    if env_id in SEGMENT_LENGTH:
-        return SEGMENT_LENGTH[env_id]
-    return int(np.clip(round(1.5 / make_task(env_id).unwrapped.dt), 15, 60))
+        task = gym.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+    except Exception as error:  # Gymnasium's, which names what is near, or of somebody's own module
+        fail(f"{env_id} can't be made: {error}")
+    if not isinstance(task.unwrapped, MujocoEnv):
+        fail(f"{env_id} is not a MuJoCo task, as Hopper-v5 is one")
+    return task
 
 
 def paper_reward(env_id: str, robot: MujocoEnv, x_before: float) -> float:

@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared here, and CUDA keeps none
 
 import torch
 

@@ -106,6 +106,12 @@ def test_every_metric_that_a_script_logs_is_explained(script):
         assert f"`{metric}`" in page, metric
 
 
+def test_no_metric_is_explained_that_no_script_logs():
+    page, code = (ROOT / "docs" / "metrics.md").read_text(), "".join((ROOT / script).read_text() for script in SCRIPTS)
+    for metric in re.findall(r"`((?:charts|losses|reward_model|labels)/\w+)`", page):
+        assert f'"{metric}"' in code or f'"{metric.split("/")[1]}"' in code, metric
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
 

@@ -1,22 +1,27 @@
-"""A web page where people compare two short clips, and the store behind it: human labels for the three trainers.
+"""A web page where people compare two short clips, over the run directories of the three training scripts.
 
-    python label_server.py                       # prints a link for the people who label, and a line that starts a run
+    python label_server.py                       # prints a link for the people who label
     python label_server.py --instructions backflip.txt
-    python label_server.py --host 0.0.0.0 --database-url postgresql+psycopg://labels@localhost/labels
+    python label_server.py --runs-dir /data/runs --host 0.0.0.0
 
 "Deep Reinforcement Learning from Human Preferences", Christiano et al. 2017, arXiv:1706.03741, appendix B. The plot:
 
-    a trainer registers its run and puts queries, each of two clips
-    a person claims a serving of the newest query that nobody holds; its sides are drawn at random
-    an answer is appended to the journal, and so is its undoing; nothing is ever changed there or taken out
-    when the person can hardly undo it any more, the answer is appended to the stream that the trainer reads
+    a trainer with --human writes pairs: RUN/preferences/00000012.npz and its two pictures, .0.webp and .1.webp
+    this server finds the pairs of live runs; a person claims a serving of the newest that nobody holds, sides at random
+    an answer is stored before it is acknowledged, and so is its undoing
+    once the person can undo it no more, it is a line of RUN/preferences/answers.jsonl, which the trainer reads
 
-People, trainers and this server may be on three machines, and many people and runs can share one server. Answers carry
-an id made by the page, so that sending one twice stores it once. All speak JSON over HTTP; /openapi.json lists it.
+Nothing that was acknowledged is lost, and nothing is written twice, whatever is killed and when. An answer that trains
+is first a line of RUN/preferences/pending.jsonl, flushed to the disk, then a row of the database, then acknowledged. It
+becomes a line of answers.jsonl, flushed, before pending.jsonl is emptied. A start writes what is pending and not in
+answers.jsonl yet. So the labels live in the run alone. The database remembers who was shown what: sides, repeats,
+second opinions, for statistics; without it the server takes up from the runs.
+
+Docs: docs/human_labels.md. /openapi.json lists the requests.
 """
 
-import asyncio
-import base64
+import errno
+import fcntl
 import hashlib
 import hmac
 import json
@@ -26,39 +31,39 @@ import random
 import re
 import secrets
 import socket
-import sqlite3
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
-import anyio.to_thread
+import numpy as np
 import sqlalchemy as sa
 import tyro
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as UrlPath
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LEASE = 90.0  # seconds that a pair is kept for one person; the page prolongs it
-GRACE = 5.0  # seconds before a trainer sees an answer, unless the same person answers again sooner
-SILENCE = 86_400.0  # seconds after which a run whose trainer asks for nothing is taken for abandoned
+RELOAD = 5.0  # seconds that it is kept for a page that was closed: it may only have been loaded again
+GRACE = 15.0  # seconds in which an answer can be undone, unless the same person has given two more
+YOUNG = 60.0  # seconds for which a status.json proves that its trainer lives
 REPEAT_GAP = 20  # answers between a pair and its repetition
-LONGEST_WAIT = 30.0  # seconds that a request may wait for news
-WAITING_REQUESTS = 200  # at once; each takes a thread
-QUERY_BYTES, OTHER_BYTES = 16 * 2**20, 64 * 2**10  # a body with two clips at most, and any other
+MOST_HELD = 12  # pairs that one name may hold, in all its tabs
+BODY_BYTES = 64 * 2**10
+MU = {"first": 1.0, "second": 0.0, "equal": 0.5, "cant-tell": None}  # the probability that the first clip is preferred
+SAID = {mu: answer for answer, mu in MU.items()}
 
 
 def fail(message: str):
@@ -72,14 +77,14 @@ def fail(message: str):
 # ----------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
+    runs_dir: Path = Path("runs")
+    """the directory in which the trainers make their runs; tokens and database lie there too"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 opens the page to the network"""
     port: int = 8765
     """port to listen on; 0 takes a free one"""
     public_url: str | None = None
-    """where people reach the page, if a tunnel or proxy stands before it: https://labels.example.org"""
-    database_url: str = "sqlite:///label_server.sqlite"
-    """where answers are kept; for a crowd postgresql+psycopg://user@host/name"""
+    """where people reach the page, if a tunnel or proxy stands before it: https://example.org/labels"""
     instructions: Path | None = None
     """text file with your own instructions for every task: the question on the first line, the rest below"""
     repeat_frac: float = 0.05
@@ -98,11 +103,10 @@ def check_args(args: Args) -> None:
             fail(f"{flag} {share} lies outside [0, 1]")
     if not 0 <= args.port < 2**16:
         fail(f"--port {args.port} lies outside [0, 65535]")
-    if args.public_url and not re.fullmatch(r"https?://[\w.:\[\]-]+/?", args.public_url):
-        fail(f"--public-url {args.public_url} is not of the form https://host")
+    if args.public_url and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~-]*)?", args.public_url):
+        fail("--public-url is not of the form https://host/path")  # not shown: it may hold a password
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What people are told (the gist of appendix B; the first line is the question above the clips)
 # ----------------------------------------------------------------------------------------------------------------------
 GENERAL = """\
@@ -183,6 +187,242 @@ def read_instructions(path: Path | None) -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Runs: what trainers write
+# ----------------------------------------------------------------------------------------------------------------------
+class Clip(BaseModel):
+    """How the frames of a clip lie in its picture: in reading order, `columns` in a row."""
+
+    frames: Annotated[int, Field(ge=1, le=10_000)]
+    width: Annotated[int, Field(ge=1, le=4096)]
+    height: Annotated[int, Field(ge=1, le=4096)]
+    columns: Annotated[int, Field(ge=1, le=10_000)]
+    fps: Annotated[float, Field(gt=0, le=1000)]
+    pixelated: bool
+
+
+class Status(BaseModel):
+    phase: Literal["initial", "pretraining", "training", "waiting", "finished"]
+    progress: float | None = None  # of pre-training
+    global_step: int = 0
+    total_timesteps: int = 0
+    labels: int | None = None
+    labels_due: int = 0
+    wanted: int | None = None  # labels that the trainer waits for
+    accuracy_heldout: float | None = None
+    seconds_to_next_pairs: float | None = None
+    time: float = 0.0
+
+
+@dataclass
+class Run:
+    """A run directory, as it was at the last look."""
+
+    folder: Path
+    env_id: str
+    script: str
+    budget: int
+    clip: dict
+    status: Status | None = None
+    status_text: bytes = b""
+    told: float = -math.inf  # when status.json was written, on this process's clock
+    seen_locked: bool = False
+    live: bool = False
+    finished: bool = False
+    paused: bool = False
+    archived: bool = False
+    settled: bool = False  # what an earlier server left pending is written
+    position: int = 0  # bytes of answers.jsonl that were read
+    answered: set[int] = field(default_factory=set)  # pairs with a line
+    fresh: list[dict] = field(default_factory=list)  # lines that the database may not have
+    known: set[int] | None = None  # pairs that it has
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def labels(self) -> int:
+        return self.budget if self.status is None or self.status.labels is None else self.status.labels
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "preferences" / "answers.jsonl"
+
+    @property
+    def pending(self) -> Path:
+        return self.folder / "preferences" / "pending.jsonl"
+
+    @property
+    def expected(self) -> float:
+        """When the next pairs come, as the trainer estimated it when it wrote its status."""
+        known = self.status is not None and self.status.seconds_to_next_pairs is not None
+        return self.told + self.status.seconds_to_next_pairs if known else math.inf
+
+    @property
+    def served(self) -> bool:
+        return self.live and not self.paused and not self.archived
+
+
+def read_json(path: Path) -> dict:
+    """An object from a file; ValueError where it holds something else."""
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("holds no object")
+    return found
+
+
+def is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def open_run(folder: Path) -> Run | None:
+    """A run of --human; None for any other. ValueError says what is wrong."""
+    try:
+        found = read_json(folder / "args.json")
+    except ValueError as error:
+        raise ValueError(f"has an args.json that can't be read ({error})") from None
+    args = found.get("args", {})
+    if not isinstance(args, dict) or not args.get("human"):
+        return None
+    if "clip" not in found:
+        raise ValueError("was written by the first version of these scripts")
+    try:
+        clip = Clip.model_validate(found["clip"]).model_dump()
+        return Run(folder, str(args["env_id"])[:200], str(found["script"])[:200], int(args["labels"]), clip)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ValueError(f"has a damaged args.json ({error.__class__.__name__})") from None
+
+
+def look_at(run: Run, now: float, wall: float) -> None:
+    """Whether its trainer is there. Where the lock was seen held, it decides; a folder that is shared from another
+    machine has only the age of its status.json: on this machine's clock, since the other's may be wrong."""
+    with suppress(OSError, ValueError):
+        text = (run.folder / "status.json").read_bytes()
+        if text != run.status_text:
+            status = Status.model_validate_json(text)
+            run.told = now if run.status else now - max(0.0, wall - status.time)
+            run.status, run.status_text = status, text
+    if run.status:
+        run.finished = run.status.phase == "finished"
+    else:
+        with suppress(OSError, ValueError):
+            run.finished = bool(read_json(run.folder / "summary.json").get("finished"))
+    locked = is_locked(run.folder / "run.lock")
+    run.seen_locked |= locked
+    run.live = not run.finished and (locked or (now - run.told < YOUNG and not run.seen_locked))
+
+
+def read_lines(path: Path, position: int = 0) -> tuple[list[dict], int]:
+    """The objects on the lines from this byte on, and the byte after them. A last line without its newline is not
+    whole yet; what is no object is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            text = file.read()
+    except FileNotFoundError:
+        return [], position
+    text, found = text[: text.rfind(b"\n") + 1], []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found += [row for row in [json.loads(line)] if isinstance(row, dict)]
+    return found, position + len(text)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add lines in one write, and flush them to the disk. A line that was torn by a crash is ended first."""
+    is_new = not path.exists()
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        torn = size and os.pread(file, 1, size - 1) != b"\n"
+        data = b"\n" * torn + b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        if os.write(file, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    if is_new:
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_answers(run: Run) -> None:
+    """Take note of the lines of answers.jsonl that are new; the first line of a pair counts."""
+    rows, run.position = read_lines(run.answers, run.position)
+    for row in rows:
+        number, mu = row.get("pair"), row.get("mu", "")
+        if type(number) is int and mu in SAID and number not in run.answered:
+            run.answered.add(number)
+            run.fresh.append(row)
+
+
+def settle(run: Run, barred: set[str]) -> None:
+    """Write what an earlier server had acknowledged and not written yet."""
+    if run.answers.exists():
+        append(run.answers, [])  # ends a torn line
+    read_answers(run)
+    rows, _ = read_lines(run.pending)
+    undone = {row["retracts"] for row in rows if "retracts" in row}
+    kept = {}
+    for row in rows:
+        if row.get("id") not in undone and row.get("who") not in barred and "retracts" not in row:
+            kept.setdefault(row.get("pair"), row)
+    write_answers(run, list(kept.values()))
+    empty(run.pending)
+    run.settled = True
+
+
+def write_answers(run: Run, rows: list[dict]) -> None:
+    read_answers(run)
+    rows = [row for row in rows if row.get("pair") not in run.answered]
+    if rows:
+        append(run.answers, rows)
+        read_answers(run)
+
+
+def empty(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.truncate(path, 0)
+
+
+def is_whole_webp(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head, length = file.read(12), os.fstat(file.fileno()).st_size
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP" and length >= 8 + int.from_bytes(head[4:8], "little")
+
+
+def picture_path(run: Run, number: int, clip: int) -> Path:
+    return run.folder / "preferences" / f"{number:08d}.{clip}.webp"
+
+
+def read_pair(run: Run, number: int) -> dict | None:
+    """The true sums of a pair whose files are all there and whole; None if some are missing. ValueError says what is
+    wrong: a folder that is copied while it grows may be whole at the next look."""
+    pictures = [picture_path(run, number, clip) for clip in (0, 1)]
+    if not all(path.exists() for path in pictures):
+        return None
+    for path in pictures:
+        if not is_whole_webp(path):
+            raise ValueError(f"{path.name} is not a whole WebP picture")
+    path = run.folder / "preferences" / f"{number:08d}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            sums = [float(x) for x in arrays["sums"]] if "sums" in arrays else [math.nan] * 2
+        first, second = (x if math.isfinite(x) else None for x in sums)
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise ValueError(f"{path.name} can't be read ({error.__class__.__name__})") from None
+    return {"pair": number, "sum_first": first, "sum_second": second}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The store
 # ----------------------------------------------------------------------------------------------------------------------
 metadata = sa.MetaData()
@@ -203,93 +443,95 @@ def one_of(column: str, *values: str) -> sa.CheckConstraint:
 
 Uuid = sa.String(32)
 schema_version = table("schema_version", version=sa.Integer)
-run = table(
-    "run", id=Uuid, name=sa.Text, env_id=sa.Text, script=sa.Text, labels=sa.Integer, max_open=sa.Integer, clip=sa.JSON,
-    finished=sa.Boolean, time=sa.Double,
-)  # fmt: skip
-status = table("status", sa.Index("of_run", "run"), number=sa.Integer, run="run.id", status=sa.JSON, time=sa.Double)
+run_table = table("run", name=sa.Text, paused=sa.Boolean, archived=sa.Boolean, time=sa.Double)
+accuracy = table(
+    "accuracy", sa.Index("of_run", "run"), number=sa.Integer, run="run.name", heldout=sa.Double, time=sa.Double
+)
+person = table("person", name=sa.Text, barred=sa.Boolean)
 query = table(
-    "query", sa.UniqueConstraint("id"), sa.Index("query_state", "run", "sent", "answer"),
-    number=sa.Integer, id=Uuid, run="run.id", sum_first=sa.Double, sum_second=sa.Double, repeat_due=sa.Boolean,
-    overlap_due=sa.Boolean, withdrawn=sa.Boolean, time=sa.Double,
-    answer=Uuid,  # the event that is the first standing answer
-    sent=sa.Boolean,  # it is in the trainer's stream
+    "query", sa.UniqueConstraint("run", "pair"), sa.Index("query_state", "answer", "run"),
+    number=sa.Integer, run="run.name", pair=sa.Integer, sum_first=sa.Double, sum_second=sa.Double,
+    repeat_due=sa.Boolean, overlap_due=sa.Boolean, time=sa.Double,
+    answer=Uuid,  # the event that trains
     optional=("sum_first", "sum_second", "answer"),
 )  # fmt: skip
-sprite = table(
-    "sprite", sa.UniqueConstraint("query", "clip"), id=Uuid, query="query.id", clip=sa.Integer, data=sa.LargeBinary
-)
 serving = table(
     "serving", sa.UniqueConstraint("query", "labeller", "kind"), sa.Index("serving_labeller", "labeller", "answer"),
-    one_of("kind", "new", "repeat", "overlap"),
-    id=Uuid, query="query.id", labeller=sa.Text, kind=sa.Text, swapped=sa.Boolean, leased_until=sa.Double,
-    time=sa.Double,
+    sa.Index("serving_final", "final", "answer"), one_of("kind", "new", "repeat", "overlap"),
+    id=Uuid, query="query.number", labeller=sa.Text, kind=sa.Text, swapped=sa.Boolean, time=sa.Double,
+    leased_until=sa.Double,  # on the clock that never goes back
     answer=Uuid,  # the event that stands
+    final=sa.Boolean,  # its answer can't be undone any more
     optional=("answer",),
 )  # fmt: skip
 event = table(  # the journal: rows are only ever appended
     "event", sa.UniqueConstraint("id"), sa.Index("event_labeller", "labeller", "kind", "number"),
-    one_of("kind", "answer", "retract"), one_of("answer", "first", "second", "equal", "cant-tell"),
+    one_of("kind", "answer", "retract"), one_of("answer", *MU),
     number=sa.Integer, id=Uuid, kind=sa.Text, serving="serving.id", labeller=sa.Text, answer=sa.Text, retracts=Uuid,
     late=sa.Boolean, counted=sa.Boolean, seconds=sa.Double, time=sa.Double,
+    ripe=sa.Double,  # when it can't be undone any more, on the clock that never goes back
     optional=("retracts", "seconds"),
 )  # fmt: skip
-stream = table(  # what the trainers read, appended to as well
-    "stream", sa.Index("stream_run", "run", "seq"),
-    seq=sa.Integer, run="run.id", query="query.id", kind=sa.Text, answer=sa.Text,
-)  # fmt: skip
 later = event.alias()
+later_serving = serving.alias()
 
 
 class Store:
-    """The database. One transaction writes at a time, so what is numbered in it is numbered in the order of commits.
+    """The runs, and the database beside them; one thread at a time.
 
-    A reader who asks for all after number n would otherwise miss rows for ever: PostgreSQL hands a number out before
-    the commit, and 8 may become visible after 9. An advisory lock is cheap beside the seconds that people take.
-
-    SQLite has a single connection behind a lock, and keeps other processes out: all versions up to 3.51.2 can corrupt a
-    database in WAL mode if two connections write and checkpoint at the same instant. FULL, since with NORMAL a commit
-    that somebody was told of can vanish with the power.
+    SQLite has a single connection: all versions up to 3.51.2 can corrupt a database in WAL mode if two connections
+    write and checkpoint at the same instant. FULL, since with NORMAL a commit that somebody was told of can vanish with
+    the power. Leases and grace run on `clock`, which never goes back; `wall` is for the record.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time):
+    def __init__(self, runs_dir: Path, clock: Callable[[], float] = time.monotonic, wall=time.time):
+        self.runs_dir, self.clock, self.wall = runs_dir.expanduser(), clock, wall
+        self.lock, self.runs, self.others, self.told_of = threading.Lock(), {}, set(), set()
         try:
-            self.url = sa.make_url(url)
-        except sa.exc.ArgumentError:
-            fail(f"--database-url {url} is not a database URL like sqlite:///labels.sqlite")
-        self.clock = clock
-        self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        if not self.is_sqlite and self.url.get_backend_name() != "postgresql":
-            fail(f"--database-url {url} is neither SQLite's nor PostgreSQL's")
-        self.lock = threading.Lock() if self.is_sqlite else nullcontext()
-        shown = self.url.render_as_string(hide_password=True)
-        if self.is_sqlite and self.url.database and not Path(self.url.database).absolute().parent.is_dir():
-            fail(f"--database-url {shown} lies in a directory that does not exist")
-        options = {"pool_pre_ping": True, "max_overflow": 20}
-        if self.is_sqlite:
-            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False, "timeout": 1}}
+            self.runs_dir.mkdir(exist_ok=True)
+            os.scandir(self.runs_dir).close()
+            self.lock_file = os.open(self.runs_dir / "label_server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path = self.runs_dir / "label_server.sqlite"
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except BlockingIOError:
+            fail(f"another label server is running on --runs-dir {self.runs_dir}")
+        except OSError as error:
+            fail(f"--runs-dir {self.runs_dir} is no directory to read and write in: {error.strerror}")
+        options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False, "timeout": 1}}
+        self.engine = sa.create_engine(f"sqlite:///{self.path}", **options)
+        sa.event.listen(self.engine, "connect", prepare_sqlite)
+        sa.event.listen(self.engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
         try:
-            self.engine = sa.create_engine(self.url, **options)
-            if self.is_sqlite:
-                sa.event.listen(self.engine, "connect", prepare_sqlite)
-                sa.event.listen(self.engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
             with self.begin() as conn:
                 found = open_schema(conn)
-        except (sa.exc.DBAPIError, sa.exc.NoSuchModuleError, ImportError) as error:
-            reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-            if "locked" in reason:
-                reason = "another process has it open"
-            fail(f"--database-url {shown} can't be opened: {reason}")
+                if not found:  # of the clock of a process that has ended
+                    conn.execute(serving.update().values(leased_until=self.clock() + LEASE))
+                    conn.execute(event.update().values(ripe=self.clock()))
+        except sa.exc.DBAPIError as error:
+            self.close()
+            fail(f"{self.path} can't be opened: {error.orig}; remove it: the labels lie in the runs")
         if found:
-            self.engine.dispose()
-            fail(f"--database-url {shown} {found}; this program writes version {SCHEMA_VERSION}: name another database")
+            self.close()
+            fail(f"{self.path} {found}; this program writes version {SCHEMA_VERSION}: move it away")
 
     @contextmanager
-    def begin(self, write: bool = True):
+    def begin(self):
         with self.lock, self.engine.begin() as conn:
-            if write and not self.is_sqlite:
-                conn.exec_driver_sql("SELECT pg_advisory_xact_lock(1706037410)")
             yield conn
+
+    def close(self):
+        self.engine.dispose()
+        os.close(self.lock_file)
+
+    def tell(self, message: str) -> None:
+        """Say once on the terminal what is wrong."""
+        if message not in self.told_of:
+            self.told_of.add(message)
+            print(f"label_server: {message}", file=sys.stderr, flush=True)
+
+    def served(self, name: str | None = None) -> list[str]:
+        return [run.name for run in self.runs.values() if run.served and name in (None, run.name)]
 
 
 def open_schema(conn) -> str | None:
@@ -305,141 +547,170 @@ def open_schema(conn) -> str | None:
     return f"has schema version {version}" if version else "is not a label server's"
 
 
-def prepare_sqlite(connection: sqlite3.Connection, _):
+def prepare_sqlite(connection, _):
     connection.isolation_level = None  # so that SQLAlchemy, not sqlite3, says when a transaction begins
     for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Queries: what a trainer puts
+# The watch: once a second, what is new in the runs, and what can't be undone any more
 # ----------------------------------------------------------------------------------------------------------------------
-def webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header of a WebP file; ValueError if there is none, or the file was cut off."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        raise ValueError("is not a WebP image")
-    if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
-        raise ValueError("is a WebP image that was cut off")
-    chunk, body = data[12:16], data[20:30]
-    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
-        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
-    if chunk == b"VP8L" and body[0] == 0x2F:
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if chunk == b"VP8X":
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    raise ValueError("is a WebP image without a size")
+def look(store: Store, args: Args) -> None:
+    """Look at every run of people, take up its new pairs and answers."""
+    seen = {}
+    for folder in sorted(path for path in store.runs_dir.iterdir() if (path / "args.json").exists()):
+        if folder.name in store.runs:
+            seen[folder.name] = store.runs[folder.name]
+            continue
+        try:
+            run = None if folder.name in store.others else open_run(folder)
+            if run:
+                seen[run.name] = run
+            else:
+                store.others.add(folder.name)
+        except (OSError, ValueError) as error:
+            store.tell(f"{folder} is passed over: it {error}")
+    for run in seen.values():
+        try:
+            look_into(store, run, args)
+        except (OSError, sa.exc.DBAPIError) as error:
+            store.tell(f"{run.folder}: {error}")
+    store.runs = seen
+    with store.begin() as conn:
+        release(conn, store)
 
 
-def decode_clip(number: int, text: str, clip: dict) -> bytes:
-    """The sprite sheet, if it is one and has the run's shape."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise HTTPException(422, f"clips[{number}] is not base64") from None
-    try:
-        found = webp_size(data)
-    except ValueError as error:
-        raise HTTPException(422, f"clips[{number}] {error}") from None
-    expected = clip["columns"] * clip["width"], math.ceil(clip["frames"] / clip["columns"]) * clip["height"]
-    if found != expected:
-        sizes = f"is {found[0]}x{found[1]}, this run's are {expected[0]}x{expected[1]}"
-        raise HTTPException(422, f"clips[{number}] {sizes}")
-    return data
+def look_into(store: Store, run: Run, args: Args) -> None:
+    before = run.status
+    look_at(run, store.clock(), store.wall())
+    if not run.settled:
+        with store.begin() as conn:
+            settle(run, set(conn.scalars(sa.select(person.c.name).where(person.c.barred))))
+    if not run.live:
+        return
+    if run.known is None:
+        with store.begin() as conn:
+            take_up(conn, store, run)
+    numbers = {int(path.stem) for path in run.answers.parent.glob("*.npz") if re.fullmatch(r"\d{8}", path.stem)}
+    pairs = []
+    for number in sorted(numbers - run.known):
+        try:
+            pairs += filter(None, [read_pair(run, number)])
+        except ValueError as error:
+            store.tell(f"{run.folder}: {error}; that pair is not shown")
+    heard = run.status and run.status.accuracy_heldout
+    with store.begin() as conn:
+        for pair in pairs:
+            shares = {"repeat_due": random.random() < args.repeat_frac}
+            shares |= {"overlap_due": random.random() < args.overlap_frac}
+            conn.execute(query.insert().values(run=run.name, time=store.wall(), **pair, **shares))
+        read_answers(run)
+        for row in run.fresh:
+            import_answer(conn, store, run, row)
+        run.fresh.clear()
+        if heard is not None and (before is None or before.accuracy_heldout != heard):
+            conn.execute(accuracy.insert().values(run=run.name, heldout=heard, time=run.status.time))
+    run.known |= {pair["pair"] for pair in pairs}
 
 
-def is_held(now: float):
-    """Somebody has the query before them: that needs no sweeper to end."""
-    of_query = serving.c.query == query.c.id
-    return sa.exists().where(of_query, serving.c.answer.is_(None), serving.c.leased_until > now).correlate(query)
-
-
-def is_open(run_id: str):
-    return sa.and_(query.c.run == run_id, ~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn)
-
-
-def count_open(conn, run_id: str) -> int:
-    return conn.scalar(sa.select(sa.func.count()).select_from(query).where(is_open(run_id)))
-
-
-def count_awaited(conn, run_id: str) -> int:
-    """What a trainer may still hear of: open queries, and answers that are held back for a while. Were those left out,
-    it would ask for what it has already been given."""
-    awaited = sa.and_(query.c.run == run_id, ~query.c.sent, sa.or_(query.c.answer.is_not(None), ~query.c.withdrawn))
-    return conn.scalar(sa.select(sa.func.count()).select_from(query).where(awaited))
-
-
-def put_run(conn, now: float, run_id: str, body: dict) -> dict:
-    known = conn.execute(sa.select(run).where(run.c.id == run_id)).mappings().first()
-    for name in ("env_id", "script", "clip") if known else ():
-        if known[name] != body[name]:
-            raise HTTPException(409, f"this run is registered with another {name}: {known[name]}")
-    if known:
-        changing = {name: body[name] for name in ("name", "labels", "max_open")}
-        conn.execute(run.update().where(run.c.id == run_id).values(**changing))
+def take_up(conn, store: Store, run: Run) -> None:
+    row = conn.execute(sa.select(run_table).where(run_table.c.name == run.name)).first()
+    if row:
+        run.paused, run.archived = row.paused, row.archived
     else:
-        conn.execute(run.insert().values(id=run_id, finished=False, time=now, **body))
-    return {"known": conn.scalars(sa.select(query.c.id).where(query.c.run == run_id).order_by(query.c.number)).all()}
+        conn.execute(run_table.insert().values(name=run.name, paused=False, archived=False, time=store.wall()))
+    run.known = set(conn.scalars(sa.select(query.c.pair).where(query.c.run == run.name)))
 
 
-def put_query(conn, now: float, query_id: str, body: "QueryBody", args: Args) -> dict:
-    of_run = conn.execute(sa.select(run).where(run.c.id == body.run)).mappings().first()
-    if not of_run:
-        raise HTTPException(404, "no such run: register it first")
-    clips = [decode_clip(i, text, of_run["clip"]) for i, text in enumerate(body.clips)]
-    known = conn.scalar(sa.select(query.c.run).where(query.c.id == query_id))
-    if known:
-        stored = conn.scalars(sa.select(sprite.c.data).where(sprite.c.query == query_id).order_by(sprite.c.clip)).all()
-        if known != body.run or stored != clips:
-            raise HTTPException(409, "this id belongs to another query")
-        return {"open": count_awaited(conn, body.run)}
-    first, second = body.sums
-    shares = {"repeat_due": random.random() < args.repeat_frac, "overlap_due": random.random() < args.overlap_frac}
-    values = {"id": query_id, "run": body.run, "sum_first": first, "sum_second": second, "time": now, **shares}
-    conn.execute(query.insert().values(**values, withdrawn=False, sent=False))
-    sprites = [{"id": uuid.uuid4().hex, "query": query_id, "clip": i, "data": data} for i, data in enumerate(clips)]
-    conn.execute(sprite.insert(), sprites)
-    opened = count_open(conn, body.run)
-    surplus = max(0, opened - of_run["max_open"])
-    oldest = sa.select(query.c.id).where(is_open(body.run), ~is_held(now)).order_by(query.c.number).limit(surplus)
-    withdrawn = conn.scalars(oldest).all() if surplus else []
-    if withdrawn:
-        conn.execute(query.update().where(query.c.id.in_(withdrawn)).values(withdrawn=True))
-    return {"open": count_awaited(conn, body.run)}
+def import_answer(conn, store: Store, run: Run, row: dict) -> None:
+    """A line of answers.jsonl that the database may not have: of an earlier server, of another one, or by hand."""
+    found = conn.execute(sa.select(query).where(query.c.run == run.name, query.c.pair == row["pair"])).first()
+    if not found or found.answer:
+        return
+    answer = row.get("id") if re.fullmatch("[0-9a-f]{32}", str(row.get("id"))) else uuid.uuid4().hex
+    if conn.scalar(sa.select(event.c.id).where(event.c.id == answer)):
+        return
+    who = str(row.get("who", "unknown"))[:40]
+    seconds, when = (x if isinstance(x, (int, float)) else None for x in (row.get("seconds"), row.get("time")))
+    of_mine = (serving.c.query == found.number, serving.c.labeller == who, serving.c.kind == "new")
+    known = conn.execute(sa.select(serving).where(*of_mine)).first()
+    if known and known.answer:
+        return
+    if not known:
+        values = {"id": uuid.uuid4().hex, "query": found.number, "labeller": who, "kind": "new", "time": when or 0.0}
+        values |= {"swapped": row.get("swapped") is True, "leased_until": store.clock(), "final": False}
+        conn.execute(serving.insert().values(**values))
+    of_serving = known.id if known else values["id"]
+    values = {"id": answer, "kind": "answer", "serving": of_serving, "labeller": who, "answer": SAID[row["mu"]]}
+    values |= {"late": False, "counted": True, "seconds": seconds, "time": when or 0.0, "ripe": store.clock()}
+    conn.execute(event.insert().values(**values))
+    conn.execute(serving.update().where(serving.c.id == of_serving).values(answer=answer, final=True))
+    conn.execute(query.update().where(query.c.number == found.number).values(answer=answer))
+
+
+def release(conn, store: Store, everything: bool = False) -> None:
+    """Write what nobody can undo any more where the trainers read it."""
+    since = sa.select(sa.func.count()).select_from(later_serving).join(later, later.c.id == later_serving.c.answer)
+    since = since.where(later.c.labeller == event.c.labeller, later.c.number > event.c.number).scalar_subquery()
+    ripe = sa.or_(event.c.ripe <= store.clock(), since.correlate(event) >= 2, sa.true() if everything else sa.false())
+    columns = (serving.c.id, event.c.id.label("answer"), query.c.answer.label("trains"), query.c.run)
+    due = sa.select(*columns, query.c.pair, *(event.c[name] for name in ("labeller", "seconds", "time")))
+    due = due.add_columns(event.c.answer.label("said"), serving.c.swapped).order_by(event.c.number)
+    due = due.select_from(joined()).where(~serving.c.final, event.c.id == serving.c.answer)
+    rows = conn.execute(due.where(ripe)).all()
+    for name in sorted({row.run for row in rows}):
+        run = store.runs.get(name)
+        mine = [row for row in rows if row.run == name]
+        lines = [line_of(row) for row in mine if row.trains == row.answer]
+        if lines and run is None:
+            store.tell(f"{store.runs_dir / name} is gone; {len(lines)} answers wait for it")
+            continue
+        if lines:
+            try:
+                write_answers(run, lines)
+            except OSError as error:
+                store.tell(f"answers wait, as {run.answers} can't be written: {error.strerror}")
+                continue
+        conn.execute(serving.update().where(serving.c.id.in_([row.id for row in mine])).values(final=True))
+        if run and not conn.scalar(due.where(query.c.run == name, query.c.answer == event.c.id).limit(1)):
+            empty(run.pending)
+
+
+def joined():
+    """The journal with its servings and queries."""
+    return sa.join(sa.join(event, serving, serving.c.id == event.c.serving), query, query.c.number == serving.c.query)
+
+
+def line_of(row) -> dict:
+    """An answer as it lies in the run."""
+    line = {"pair": row.pair, "mu": MU[row.said], "who": row.labeller, "seconds": row.seconds, "time": row.time}
+    return line | {"id": row.answer, "swapped": row.swapped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Servings and answers: what a person does
 # ----------------------------------------------------------------------------------------------------------------------
-def answered_later():
-    """Of an alias of the journal: an answer that the same person gave after this event."""
-    return sa.and_(later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number)
+def is_held(now: float):
+    """Somebody has the query before them: that needs no sweeper to end."""
+    of_query = serving.c.query == query.c.number
+    return sa.exists().where(of_query, serving.c.answer.is_(None), serving.c.leased_until > now).correlate(query)
 
 
-def is_live(now: float, heard: dict[str, float]):
-    """Its trainer wants answers: a run that was killed, and never resumed, would else be served for ever.
-
-    That a trainer asks is too frequent to be stored, so after a restart it is known by its status until it asks again.
-    """
-    asked = [run_id for run_id, time in list(heard.items()) if time > now - SILENCE]
-    told = sa.select(status.c.time).where(status.c.run == run.c.id).order_by(status.c.number.desc()).limit(1)
-    last_told = sa.func.coalesce(told.scalar_subquery().correlate(run), run.c.time)
-    return sa.and_(~run.c.finished, sa.or_(run.c.id.in_(asked), last_told > now - SILENCE))
-
-
-def choose(conn, now: float, heard: dict[str, float], labeller: str, run_id: str | None):
+def choose(conn, store: Store, labeller: str, name: str | None):
     """What to show next, and as what: a repetition or second opinion that is due, else the newest open query."""
-    live = sa.select(run.c.id).where(is_live(now, heard), run.c.id == run_id if run_id else sa.true())
-    candidates = sa.select(query.c.id).where(query.c.run.in_(live), ~is_held(now)).limit(1)
-    mine = sa.exists().where(serving.c.query == query.c.id, serving.c.labeller == labeller).correlate(query)
+    candidates = sa.select(query.c.number).where(query.c.run.in_(store.served(name)), ~is_held(store.clock())).limit(1)
+    mine = sa.exists().where(serving.c.query == query.c.number, serving.c.labeller == labeller).correlate(query)
     answered = mine.where(serving.c.answer.is_not(None))
-    since = sa.select(sa.func.count()).where(answered_later()).scalar_subquery().correlate(event)
+    since = sa.select(sa.func.count()).where(
+        later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number
+    )
     repeats = candidates.join(event, event.c.id == query.c.answer).order_by(query.c.number)
-    repeats = repeats.where(query.c.repeat_due, event.c.labeller == labeller, since >= REPEAT_GAP)
+    repeats = repeats.where(query.c.repeat_due, event.c.labeller == labeller)
+    repeats = repeats.where(since.scalar_subquery().correlate(event) >= REPEAT_GAP)
     overlaps = candidates.where(query.c.overlap_due, query.c.answer.is_not(None), ~answered)
     overlaps = overlaps.where(~mine.where(serving.c.kind != "overlap")).order_by(query.c.number.desc())
-    fresh = candidates.where(~query.c.sent, query.c.answer.is_(None), ~query.c.withdrawn, ~answered)
-    fresh = fresh.order_by(query.c.number.desc())
+    fresh = candidates.where(query.c.answer.is_(None), ~answered).order_by(query.c.number.desc())
     for kind, statement in {"repeat": repeats, "overlap": overlaps, "new": fresh}.items():
         chosen = conn.scalar(statement)
         if chosen:
@@ -447,8 +718,21 @@ def choose(conn, now: float, heard: dict[str, float], labeller: str, run_id: str
     return None, None
 
 
-def claim(conn, now: float, heard: dict[str, float], labeller: str, run_id: str | None, is_admin: bool) -> dict | None:
-    kind, chosen = choose(conn, now, heard, labeller, run_id)
+def may_look_ahead(conn, store: Store, name: str | None) -> bool:
+    """A pair beyond the one on the screen is for who has enough of them: with few open, others would go without."""
+    now = store.clock()
+    free = sa.select(sa.func.count()).select_from(query).where(query.c.run.in_(store.served(name)))
+    free = conn.scalar(free.where(query.c.answer.is_(None), ~is_held(now)))
+    here = sa.select(sa.func.count(serving.c.labeller.distinct()))
+    return free > 2 * conn.scalar(here.where(serving.c.answer.is_(None), serving.c.leased_until > now))
+
+
+def claim(conn, store: Store, body: "ClaimBody", with_sums: bool) -> dict | None:
+    now, labeller = store.clock(), body.labeller
+    held = sa.select(sa.func.count()).where(serving.c.labeller == labeller, serving.c.answer.is_(None))
+    if conn.scalar(held.where(serving.c.leased_until > now)) >= MOST_HELD:
+        return None
+    kind, chosen = choose(conn, store, labeller, body.run)
     if not chosen:
         return None
     of_mine = sa.and_(serving.c.query == chosen, serving.c.labeller == labeller)
@@ -456,73 +740,100 @@ def claim(conn, now: float, heard: dict[str, float], labeller: str, run_id: str 
     known = conn.scalar(sa.select(serving.c.id).where(of_mine, serving.c.kind == kind))
     if known:
         conn.execute(serving.update().where(serving.c.id == known).values(leased_until=now + LEASE))
-        return describe(conn, known, is_admin)
+        return describe(conn, store, known, with_sums)
     swapped = random.random() < 0.5
     if kind == "repeat":
         swapped = not conn.scalar(sa.select(serving.c.swapped).where(of_mine, serving.c.kind == "new"))
-    values = {"id": uuid.uuid4().hex, "query": chosen, "labeller": labeller, "kind": kind, "swapped": swapped}
-    conn.execute(serving.insert().values(**values, leased_until=now + LEASE, time=now))
-    return describe(conn, values["id"], is_admin)
+    taken = body.serving and conn.scalar(sa.select(serving.c.id).where(serving.c.id == body.serving))
+    values = {"id": uuid.uuid4().hex if taken or not body.serving else body.serving, "query": chosen}
+    values |= {"labeller": labeller, "kind": kind, "swapped": swapped, "time": store.wall(), "final": False}
+    conn.execute(serving.insert().values(**values, leased_until=now + LEASE))
+    return describe(conn, store, values["id"], with_sums)
 
 
-def describe(conn, serving_id: str, is_admin: bool) -> dict:
-    """A serving as the page gets it; who may label does not learn the run or the true sums."""
-    joined = sa.join(sa.join(serving, query, serving.c.query == query.c.id), run, query.c.run == run.c.id)
-    wanted = sa.select(serving.c.swapped, query, run.c.clip, run.c.env_id).select_from(joined)
-    row = conn.execute(wanted.where(serving.c.id == serving_id)).one()
-    sides = conn.scalars(sa.select(sprite.c.id).where(sprite.c.query == row.id).order_by(sprite.c.clip)).all()
+def describe(conn, store: Store, serving_id: str, with_sums: bool) -> dict:
+    """A serving as the page gets it; who may label does not learn the true sums."""
+    row = find_serving(conn, serving_id)
+    run = store.runs[row.run]
     sums = [row.sum_first, row.sum_second]
-    if row.swapped:
-        sides, sums = sides[::-1], sums[::-1]
-    left, right = (f"/api/sprites/{side}" for side in sides)
-    pair = {"serving": serving_id, "left": left, "right": right, "clip": row.clip, "task": row.env_id}
-    pair |= {"instructions": row.env_id if row.env_id in INSTRUCTIONS else "general", "lease": LEASE}
-    return pair | ({"query": row.id, "run": row.run, "sums": sums} if is_admin else {})
+    left, right = (f"api/pictures/{serving_id}/{side}" for side in ("left", "right"))
+    pair = {"serving": serving_id, "left": left, "right": right, "clip": run.clip, "task": run.env_id}
+    pair |= {"run": run.name, "instructions": run.env_id if run.env_id in INSTRUCTIONS else "general"}
+    return pair | ({"pair": row.pair, "sums": sums[::-1] if row.swapped else sums} if with_sums else {})
 
 
 def find_serving(conn, serving_id: str):
-    columns = (*serving.c, query.c.run, query.c.answer.label("standing"), query.c.sent)
-    joined = sa.join(serving, query, serving.c.query == query.c.id)
-    row = conn.execute(sa.select(*columns).select_from(joined).where(serving.c.id == serving_id)).first()
+    columns = (*serving.c, query.c.run, query.c.pair, query.c.sum_first, query.c.sum_second)
+    joined = sa.join(serving, query, serving.c.query == query.c.number)
+    found = sa.select(*columns, query.c.answer.label("standing")).select_from(joined)
+    row = conn.execute(found.where(serving.c.id == serving_id)).first()
     if not row:
-        raise HTTPException(404, "no such serving")
+        raise HTTPException(404, "this pair is not known here any more")
     return row
 
 
-def extend(conn, now: float, serving_id: str) -> None:
-    found = find_serving(conn, serving_id)
-    others = sa.select(serving.c.id).where(serving.c.query == found.query, serving.c.id != serving_id)
-    held = conn.scalar(others.where(serving.c.answer.is_(None), serving.c.leased_until > now).limit(1))
-    if found.answer or held or (found.kind == "new" and found.standing):
-        raise HTTPException(409, "this pair is answered, or somebody else has it now")
-    conn.execute(serving.update().where(serving.c.id == serving_id).values(leased_until=now + LEASE))
+def find_run(store: Store, name: str) -> Run:
+    run = store.runs.get(name)
+    if not run or not run.settled or not run.answers.parent.is_dir():
+        raise HTTPException(410, "this pair is gone: its run was moved or deleted")
+    return run
 
 
-def record_answer(conn, now: float, body: "AnswerBody") -> dict:
+def renew(conn, store: Store, labeller: str, held: list[str]) -> list[str]:
+    """Prolong the leases of the pairs that a page has; those that it must drop."""
+    gone, now, served = [], store.clock(), store.served()
+    for serving_id in held:
+        with suppress(HTTPException):
+            found = find_serving(conn, serving_id)
+            others = sa.select(serving.c.id).where(serving.c.query == found.query, serving.c.id != serving_id)
+            taken = conn.scalar(others.where(serving.c.answer.is_(None), serving.c.leased_until > now).limit(1))
+            open_still = found.kind != "new" or not found.standing
+            if found.labeller == labeller and not found.answer and not taken and open_still and found.run in served:
+                conn.execute(serving.update().where(serving.c.id == serving_id).values(leased_until=now + LEASE))
+                continue
+        gone.append(serving_id)
+    return gone
+
+
+def let_go(conn, store: Store, body: "ReleaseBody") -> None:
+    """A page was closed. It keeps its pairs for a moment, in case that it is only loaded again."""
+    mine = sa.and_(serving.c.id.in_(body.held), serving.c.labeller == body.labeller, serving.c.answer.is_(None))
+    soon = store.clock() + RELOAD
+    conn.execute(serving.update().where(mine, serving.c.leased_until > soon).values(leased_until=soon))
+
+
+def record_answer(conn, store: Store, body: "AnswerBody") -> dict:
     known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
     if known:
         if (known.kind, known.serving, known.labeller) != ("answer", body.serving, body.labeller):
             raise HTTPException(409, "this id belongs to another answer")
         return {"late": known.late, "counted": known.counted}
     found = find_serving(conn, body.serving)
+    run = find_run(store, found.run)
     if found.labeller != body.labeller:
         raise HTTPException(409, "this pair was served to somebody else")
     if found.answer:
-        raise HTTPException(409, "this pair has been answered; retract that answer first")
+        raise HTTPException(409, "this pair has been answered; undo that answer first")
+    barred = conn.scalar(sa.select(person.c.barred).where(person.c.name == body.labeller))
     sides = {"left": ("first", "second")[found.swapped], "right": ("second", "first")[found.swapped]}
-    late, counted = found.leased_until < now, found.kind == "new" and found.standing is None
+    late = found.leased_until < store.clock()
+    counted = found.kind == "new" and found.standing is None and found.pair not in run.answered and not barred
     values = {"id": body.id, "kind": "answer", "serving": body.serving, "labeller": body.labeller, "late": late}
-    values |= {"answer": sides.get(body.answer, body.answer), "counted": counted, "seconds": body.seconds, "time": now}
+    values |= {"answer": sides.get(body.answer, body.answer), "counted": counted, "seconds": body.seconds}
+    values |= {"time": store.wall(), "ripe": store.clock() + GRACE}
     conn.execute(event.insert().values(**values))
-    conn.execute(serving.update().where(serving.c.id == body.serving).values(answer=body.id))
+    conn.execute(serving.update().where(serving.c.id == body.serving).values(answer=body.id, final=False))
     if counted:
-        conn.execute(query.update().where(query.c.id == found.query).values(answer=body.id))
+        conn.execute(query.update().where(query.c.number == found.query).values(answer=body.id))
+        line = {"pair": found.pair, "mu": MU[values["answer"]], "who": body.labeller, "seconds": body.seconds}
+        append(run.pending, [line | {"time": values["time"], "id": body.id, "swapped": found.swapped}])
     elif found.kind != "new":
-        conn.execute(query.update().where(query.c.id == found.query).values({f"{found.kind}_due": False}))
+        conn.execute(query.update().where(query.c.number == found.query).values({f"{found.kind}_due": False}))
+    release(conn, store)
     return {"late": late, "counted": counted}
 
 
-def record_retract(conn, now: float, answer_id: str, body: "RetractBody", is_admin: bool) -> dict:
+def record_retract(conn, store: Store, answer_id: str, body: "RetractBody", with_sums: bool) -> dict:
     answer = conn.execute(sa.select(event).where(event.c.id == answer_id, event.c.kind == "answer")).first()
     if not answer:
         raise HTTPException(404, "no such answer")
@@ -532,67 +843,94 @@ def record_retract(conn, now: float, answer_id: str, body: "RetractBody", is_adm
     if known and known.retracts != answer_id:
         raise HTTPException(409, "this id belongs to another event")
     found = find_serving(conn, answer.serving)
-    if found.answer == answer_id:
-        values = {"id": body.id, "kind": "retract", "serving": answer.serving, "labeller": body.labeller, "time": now}
-        values |= {"answer": answer.answer, "retracts": answer_id, "late": False, "counted": answer.counted}
-        conn.execute(event.insert().values(**values))
-        conn.execute(serving.update().where(serving.c.id == found.id).values(answer=None, leased_until=now + LEASE))
-        if found.standing == answer_id:
-            if found.sent:
-                values = {"run": found.run, "query": found.query, "kind": "retract", "answer": answer.answer}
-                conn.execute(stream.insert().values(**values))
-            conn.execute(query.update().where(query.c.id == found.query).values(answer=None, sent=False))
-        elif found.kind != "new":
-            conn.execute(query.update().where(query.c.id == found.query).values({f"{found.kind}_due": True}))
-    elif found.answer:
-        return {"pair": None}
-    return {"pair": describe(conn, found.id, is_admin)}
+    run = find_run(store, found.run)
+    if found.answer != answer_id:
+        return {"pair": None if found.answer else describe(conn, store, found.id, with_sums)}
+    if found.final or (answer.counted and found.pair in run.answered):
+        raise HTTPException(409, "the agent has learned from this answer already")
+    values = {"id": body.id, "kind": "retract", "serving": answer.serving, "labeller": body.labeller}
+    values |= {"answer": answer.answer, "retracts": answer_id, "late": False, "counted": answer.counted}
+    conn.execute(event.insert().values(**values, time=store.wall(), ripe=store.clock()))
+    leased = {"answer": None, "leased_until": store.clock() + LEASE}
+    conn.execute(serving.update().where(serving.c.id == found.id).values(**leased))
+    if found.standing == answer_id:
+        conn.execute(query.update().where(query.c.number == found.query).values(answer=None))
+        append(run.pending, [{"retracts": answer_id}])
+    elif found.kind != "new":
+        conn.execute(query.update().where(query.c.number == found.query).values({f"{found.kind}_due": True}))
+    return {"pair": describe(conn, store, found.id, with_sums)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stream: what a trainer gets back
+# Progress: what the page tells people
 # ----------------------------------------------------------------------------------------------------------------------
-def release(conn, now: float, run_id: str) -> None:
-    """Append to the stream what nobody is about to undo. Whether the trainer has an answer is thus a stored fact."""
-    ripe = sa.or_(event.c.time <= now - GRACE, sa.exists().where(answered_later()).correlate(event))
-    due = sa.select(query.c.id, event.c.answer).join(event, event.c.id == query.c.answer).order_by(event.c.number)
-    for row in conn.execute(due.where(query.c.run == run_id, ~query.c.sent, ripe)).all():
-        conn.execute(stream.insert().values(run=run_id, query=row.id, kind="answer", answer=row.answer))
-        conn.execute(query.update().where(query.c.id == row.id).values(sent=True))
+def count_open(conn, name: str) -> int:
+    return conn.scalar(sa.select(sa.func.count()).where(query.c.run == name, query.c.answer.is_(None)))
 
 
-def read_events(conn, now: float, run_id: str, after: int) -> dict:
-    if not conn.scalar(sa.select(run.c.id).where(run.c.id == run_id)):
-        raise HTTPException(404, "no such run")
-    release(conn, now, run_id)
-    news = sa.select(stream.c.seq, stream.c.query, stream.c.kind, stream.c.answer).order_by(stream.c.seq).limit(1000)
-    rows = conn.execute(news.where(stream.c.run == run_id, stream.c.seq > after))
-    events = [dict(row) for row in rows.mappings()]
-    return {"events": events, "open": count_awaited(conn, run_id), "seq": events[-1]["seq"] if events else after}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Progress and statistics
-# ----------------------------------------------------------------------------------------------------------------------
-def latest_status(conn, run_id: str) -> dict:
-    newest = sa.select(status.c.status).where(status.c.run == run_id).order_by(status.c.number.desc()).limit(1)
-    return conn.scalar(newest) or {}
-
-
-def count_labels(conn, run_id: str) -> int:
+def count_labels(conn, name: str, labeller: str | None = None) -> int:
     """Answers that train. The trainer counts the same, some seconds later."""
     training = sa.select(sa.func.count()).select_from(sa.join(query, event, event.c.id == query.c.answer))
-    return conn.scalar(training.where(query.c.run == run_id, event.c.answer != "cant-tell"))
+    training = training.where(query.c.run == name, event.c.answer != "cant-tell")
+    return conn.scalar(training.where(event.c.labeller == labeller) if labeller else training)
 
 
-def progress(conn, now: float, heard: dict[str, float], labeller: str) -> dict:
+def about(seconds: float) -> str:
+    if seconds < 8:
+        return "in a few seconds"
+    if seconds < 90:
+        return f"in about {round(seconds, -1):.0f} seconds"
+    if seconds < 5400:
+        return f"in about {seconds / 60:.0f} minutes"
+    return f"in about {seconds / 3600:.0f} hours"
+
+
+def next_pairs(store: Store, run: Run) -> str:
+    if run.expected == math.inf:
+        return "This page goes on by itself."
+    return f"The next clips come {about(run.expected - store.clock())}."
+
+
+def notice(conn, store: Store, labeller: str, name: str | None) -> str:
+    """Why there is nothing to compare, and for how long."""
+    runs = [run for run in store.runs.values() if not run.archived and name in (None, run.name)]
+    if not runs:
+        return "No clips yet. They appear here as soon as a trainer starts."
+    live = [run for run in runs if run.live]
+    if not live:
+        last = max(runs, key=lambda run: run.status.time if run.status else 0)
+        if not last.finished:
+            return "The training program is not running at the moment. This page goes on by itself when it is."
+        used, mine = count_labels(conn, last.name), count_labels(conn, last.name, labeller)
+        return f"The run is over: {used} of {last.labels} labels were used, {mine} of them yours. Thank you!"
+    served = [run for run in live if not run.paused]
+    if not served:
+        return "The study is paused. This page goes on by itself when it does."
+    count = sum(count_open(conn, run.name) for run in served)
+    soonest = min(served, key=lambda run: run.expected)
+    if count:
+        whose = "The only open pair is" if count == 1 else f"All {count} open pairs are"
+        return f"{whose} with others at the moment. {next_pairs(store, soonest)}"
+    phase = soonest.status.phase if soonest.status else "initial"
+    if phase == "pretraining":
+        done = f", {soonest.status.progress:.0%} done" if soonest.status.progress is not None else ""
+        return f"The agent studies all answers so far{done}. {next_pairs(store, soonest)}"
+    if phase == "initial":
+        return f"The agent makes its first moves. {next_pairs(store, soonest)}"
+    if phase == "waiting":
+        return "All open pairs are answered. The agent goes on with them in a few seconds."
+    return f"No clips to compare right now: the agent is training. {next_pairs(store, soonest)}"
+
+
+def progress(conn, store: Store, labeller: str, name: str | None) -> dict:
     runs = []
-    wanted = sa.select(run).where(sa.or_(run.c.finished, is_live(now, heard)))
-    for row in conn.execute(wanted.order_by(run.c.time)).all():
-        told = latest_status(conn, row.id)
-        entry = {"run": row.id, "task": row.env_id, "labels": row.labels, "labels_used": count_labels(conn, row.id)}
-        entry |= {"labels_due": told.get("labels_due", 0), "open": count_open(conn, row.id)}
-        runs.append(entry | {"waiting": told.get("waiting", False), "finished": row.finished})
+    for run in store.runs.values():
+        if run.archived or not (run.live or run.finished):
+            continue
+        entry = {"run": run.name, "task": run.env_id, "labels": run.labels, "finished": run.finished}
+        entry |= {"labels_used": count_labels(conn, run.name), "open": count_open(conn, run.name)}
+        runs.append(entry | {"labels_due": run.status.labels_due if run.status else 0})
+    now = store.wall()
     mine = sa.select(sa.func.count()).select_from(sa.join(serving, event, serving.c.answer == event.c.id))
     mine = mine.where(serving.c.labeller == labeller)
     midnight = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
@@ -601,12 +939,16 @@ def progress(conn, now: float, heard: dict[str, float], labeller: str) -> dict:
     minutes = (now - recent[0]) / 60 if recent else 0
     return {
         "runs": runs,
+        "notice": notice(conn, store, labeller, name),
         "answered": conn.scalar(mine),
         "today": conn.scalar(mine.where(event.c.time >= midnight)),
         "per_minute": (len(recent) - 1) / minutes if len(recent) > 1 and minutes > 0 else 0.0,
     }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
 def binomial_interval(k: int, n: int) -> tuple[float, float] | None:
     """Wilson's 95 % interval, which stays inside [0, 1] and is right for few answers too."""
     if not n:
@@ -656,14 +998,13 @@ def thin(points: list) -> list:
     return points[::-1][::step][::-1]
 
 
-def read_journal(conn) -> tuple[list, list, list]:
+def read_journal(conn, store: Store) -> tuple[list, list, list]:
     columns = (event.c.time, event.c.labeller, event.c.answer, event.c.counted, event.c.late, event.c.seconds)
     columns += (serving.c.kind, serving.c.swapped, serving.c.query, query.c.run, query.c.sum_first, query.c.sum_second)
-    joined = sa.join(sa.join(event, serving, serving.c.answer == event.c.id), query, query.c.id == serving.c.query)
-    answers = conn.execute(sa.select(*columns).select_from(joined).order_by(event.c.number)).all()
-    runs = conn.execute(sa.select(run).order_by(run.c.time)).mappings().all()
-    runs = [{**row, "open": count_open(conn, row["id"]), "status": latest_status(conn, row["id"])} for row in runs]
-    return answers, runs, conn.execute(sa.select(status).order_by(status.c.number)).all()
+    standing = sa.select(*columns).select_from(joined()).where(serving.c.answer == event.c.id)
+    answers = conn.execute(standing.order_by(event.c.number)).all()
+    runs = [{"run": run, "open": count_open(conn, run.name)} for run in store.runs.values()]
+    return answers, runs, conn.execute(sa.select(accuracy).order_by(accuracy.c.number)).all()
 
 
 def statistics(answers: list, runs: list[dict], history: list) -> dict:
@@ -686,16 +1027,18 @@ def statistics(answers: list, runs: list[dict], history: list) -> dict:
         return {"labeller": name} | summarise(mine, [p for _, who, p in repeats if name in who], turned)
 
     def of_run(row):
-        mine = [a for a in answers if a.run == row["id"]]
+        run, status = row["run"], row["run"].status
+        mine = [a for a in answers if a.run == run.name]
         labels = [a.time for a in mine if a.counted and a.answer != "cant-tell"]
-        told = [h for h in history if h.run == row["id"] and h.status["accuracy_heldout"] is not None]
-        rates = [[pair for of, _, pair in source if of == row["id"]] for source in (repeats, opinions)]
+        rates = [[pair for of, _, pair in source if of == run.name] for source in (repeats, opinions)]
         return {
-            **{name: row[name] for name in ("id", "name", "env_id", "script", "labels", "finished", "open", "status")},
+            **{name: getattr(run, name) for name in ("name", "env_id", "script", "labels", "live", "finished")},
+            "open": row["open"],
+            "status": status.model_dump() if status else None,
             "counted": len(labels),
             "late": sum(a.late for a in mine),
             "labels_over_time": thin([[t, i + 1] for i, t in enumerate(labels)]),
-            "accuracy_over_time": thin([[h.time, h.status["accuracy_heldout"]] for h in told]),
+            "accuracy_over_time": thin([[h.time, h.heldout] for h in history if h.run == run.name]),
         } | summarise(mine, *rates)
 
     people = sorted({a.labeller for a in answers})
@@ -704,64 +1047,34 @@ def statistics(answers: list, runs: list[dict], history: list) -> dict:
 
 
 def export(conn) -> list[dict]:
-    columns = (event, serving.c.query, serving.c.kind.label("serving_kind"), serving.c.swapped, query.c.run)
-    columns += (query.c.sum_first, query.c.sum_second)
-    joined = sa.join(sa.join(event, serving, serving.c.id == event.c.serving), query, query.c.id == serving.c.query)
-    rows = conn.execute(sa.select(*columns).select_from(joined).order_by(event.c.number)).mappings()
+    columns = (*(c for c in event.c if c.name != "ripe"), serving.c.kind.label("serving_kind"), serving.c.swapped)
+    columns += (query.c.run, query.c.pair, query.c.sum_first, query.c.sum_second)
+    rows = conn.execute(sa.select(*columns).select_from(joined()).order_by(event.c.number)).mappings()
     return [dict(row) for row in rows]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Requests: who may send what
 # ----------------------------------------------------------------------------------------------------------------------
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 Line = Annotated[str, StringConstraints(max_length=200, pattern=PRINTABLE)]
 Name = Annotated[str, StringConstraints(max_length=40, pattern=PRINTABLE, strip_whitespace=True)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, le=LONGEST_WAIT)]
 
 
-class ClipBody(BaseModel):
-    frames: Annotated[int, Field(ge=1, le=10_000)]
-    width: Annotated[int, Field(ge=1, le=4096)]
-    height: Annotated[int, Field(ge=1, le=4096)]
-    columns: Annotated[int, Field(ge=1, le=10_000)]
-    fps: Annotated[float, Field(gt=0, le=1000)]
-    pixelated: bool
-
-
-class RunBody(BaseModel):
-    name: Line
-    env_id: Line
-    script: Line
-    labels: Count
-    max_open: Annotated[int, Field(ge=1, lt=2**31)]
-    clip: ClipBody
-
-
-class QueryBody(BaseModel):
-    run: Id
-    clips: tuple[str, str]
-    sums: tuple[Finite | None, Finite | None]
-
-
-class StatusBody(BaseModel):
-    global_step: Count
-    total_timesteps: Count
-    labels_used: Count
-    labels_due: Count
-    labels: Count
-    accuracy_heldout: Finite | None
-    waiting: bool
-    finished: bool
+Held = Annotated[list[Id], Field(max_length=MOST_HELD)]
 
 
 class ClaimBody(BaseModel):
     labeller: Name
-    run: Id | None = None
-    wait: Seconds = 0.0
+    run: Line | None = None
+    serving: Id | None = None  # of the page's making: it can let go of a pair whose arrival it did not live to see
+    held: Held = []
+    want: bool = True
+
+
+class ReleaseBody(BaseModel):
+    labeller: Name
+    held: Held
 
 
 class AnswerBody(BaseModel):
@@ -777,6 +1090,7 @@ class RetractBody(BaseModel):
     labeller: Name
 
 
+ROLES = ("labeller", "admin")
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -797,14 +1111,14 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request = Request(scope)
-        limit, received = QUERY_BYTES if request.url.path.startswith("/api/queries/") else OTHER_BYTES, 0
+        received = 0
 
         async def receive_some():
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > limit:
-                raise HTTPException(413, f"a body of more than {limit} bytes is too large here")
+            if received > BODY_BYTES:
+                raise HTTPException(413, f"a body of more than {BODY_BYTES} bytes is too large here")
             return message
 
         async def send_with_headers(message):
@@ -824,14 +1138,16 @@ class Guard:
             return 400, "this server does not go by that name; see --public-url"
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         by_bearer = scheme.lower() == "bearer"  # any other scheme is meant for a proxy before this server
-        by_cookie = not by_bearer and self.cookie in request.cookies
-        token = request.cookies[self.cookie] if by_cookie else token if by_bearer else ""
-        request.state.role = self.role_of(token)
+        cookies = [
+            request.cookies.get(f"{self.cookie}_{role}") for role in reversed(ROLES)
+        ]  # one browser may have both
+        found = [self.role_of(given) for given in ([token] if by_bearer else cookies) if given]
+        request.state.role, request.state.by_bearer = next(filter(None, found), None), by_bearer
         if request.url.path in ("/", "/stats", "/openapi.json"):  # the pages look at the token of their link
             return None
         if request.state.role is None:
             return 401, "a valid token is needed: open the link that the server printed, or send it as a bearer token"
-        if by_cookie and request.method not in ("GET", "HEAD"):  # the browser adds it, whichever site asked
+        if not by_bearer and request.method not in ("GET", "HEAD"):  # the browser adds it, whichever site asked
             site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
             if site not in ("same-origin", "none") if site else origin.partition("://")[2] != host:
                 return 403, "this request comes from another site"
@@ -848,9 +1164,14 @@ def needs(role: str):
     return Depends(check)
 
 
+def is_robot(request: Request) -> bool:
+    """The statistics' reader is shown no sums on the label page, which he may open in the same browser."""
+    return request.state.role == "admin" and request.state.by_bearer
+
+
 def read_tokens(path: Path, url: str) -> dict[str, str]:
     """The tokens of the last start, so that links stay valid, or new ones; only the owner may read the file."""
-    tokens = {role: secrets.token_urlsafe(32) for role in ("trainer", "labeller", "admin")}
+    tokens = {role: secrets.token_urlsafe(32) for role in ROLES}
     try:
         if path.exists():
             known = json.loads(path.read_text())
@@ -865,45 +1186,36 @@ def read_tokens(path: Path, url: str) -> dict[str, str]:
     return tokens
 
 
-def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
+def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     instructions = {"rules": GENERAL, "tasks": read_instructions(args.instructions)}
     edition = hashlib.sha256(json.dumps(instructions).encode()).hexdigest()[:16]  # tells an open page of a new text
-    digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ("trainer", "labeller", "admin")}
+    digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ROLES}
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
     if hosts and args.public_url:
         hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url).lower())  # as browsers send it
-    heard = {}  # by run: when its trainer last asked for something
-    news = {"queries": threading.Condition(), "answers": threading.Condition()}
-    waiting = threading.Semaphore(WAITING_REQUESTS)
+    stopping = threading.Event()
 
     def role_of(token: str) -> str | None:
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
         return next((role for role, known in digests.items() if hmac.compare_digest(known, digest)), None)
 
-    def ring(topic: str) -> None:
-        with news[topic]:
-            news[topic].notify_all()
-
-    def poll(attempt: Callable, topic: str, seconds: float):
-        """Try until it gives something or the time is over. The bell tells of news, only the clock of ended leases."""
-        deadline = time.monotonic() + seconds
-        found = attempt()
-        if found or not seconds or not waiting.acquire(blocking=False):
-            return found
-        try:
-            while not found and time.monotonic() < deadline and not stopping():
-                with news[topic]:
-                    news[topic].wait(min(1.0, max(0.0, deadline - time.monotonic())))
-                found = attempt()
-            return found
-        finally:
-            waiting.release()
+    def watch() -> None:
+        while not stopping.wait(1.0):
+            try:
+                look(store, args)
+            except OSError as error:
+                store.tell(f"{store.runs_dir} can't be read: {error.strerror}")
 
     @asynccontextmanager
     async def lifespan(_):
-        anyio.to_thread.current_default_thread_limiter().total_tokens = WAITING_REQUESTS + 40
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         yield
+        stopping.set()
+        watcher.join()
+        with store.begin() as conn:
+            release(conn, store, everything=True)
 
     app = FastAPI(title="label_server", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, role_of=role_of, cookie=cookie, hosts=hosts)
@@ -914,10 +1226,11 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
         where = ".".join(str(part) for part in first["loc"])
         return JSONResponse({"detail": f"{where}: {first['msg']}".encode(errors="replace").decode()}, 422)
 
-    @app.exception_handler(sa.exc.OperationalError)
-    @app.exception_handler(sa.exc.TimeoutError)
-    async def database_away(*_):
-        return JSONResponse({"detail": "the database can't be reached; try again"}, 503)
+    @app.exception_handler(sa.exc.DBAPIError)
+    @app.exception_handler(OSError)
+    async def disk_away(_, error: Exception):
+        store.tell(f"an answer can't be stored: {getattr(error, 'orig', error)}")
+        return JSONResponse({"detail": "the server can't store this at the moment; try again"}, 503)
 
     def page(request: Request, token: str | None, body: str, script: str, roles: set[str]):
         """The page itself, not a redirect: a cookie for this site only would not survive one that began in a web mail.
@@ -933,7 +1246,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
         reply = HTMLResponse(html, 200 if role in roles else 403 if role else 401, {"content-security-policy": only})
         if token and role:
             secure = request.url.scheme == "https"
-            reply.set_cookie(cookie, token, 365 * 86400, httponly=True, samesite="strict", secure=secure)
+            reply.set_cookie(f"{cookie}_{role}", token, 365 * 86400, httponly=True, samesite="strict", secure=secure)
         return reply
 
     @app.get("/", response_class=HTMLResponse)
@@ -944,109 +1257,61 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     def stats_page(request: Request, token: str | None = None):
         return page(request, token, STATS_BODY, STATS_SCRIPT, {"admin"})
 
-    # Trainer
-    @app.put("/api/runs/{run_id}", dependencies=[needs("trainer")])
-    def put_run_(run_id: Annotated[Id, UrlPath()], body: RunBody):
-        with store.begin() as conn:
-            reply = put_run(conn, store.clock(), run_id, body.model_dump())
-        heard[run_id] = store.clock()
-        return reply
-
-    @app.put("/api/queries/{query_id}", dependencies=[needs("trainer")])
-    def put_query_(query_id: Annotated[Id, UrlPath()], body: QueryBody):
-        with store.begin() as conn:
-            reply = put_query(conn, store.clock(), query_id, body, args)
-        heard[body.run] = store.clock()
-        ring("queries")
-        return reply
-
-    @app.get("/api/runs/{run_id}/events", dependencies=[needs("trainer")])
-    def read_events_(run_id: Annotated[Id, UrlPath()], after: Count = 0, wait: Seconds = 0.0):
-        def attempt():
-            with store.begin() as conn:
-                replies.append(read_events(conn, store.clock(), run_id, after))
-            heard[run_id] = store.clock()
-            return replies[-1]["events"]
-
-        replies = []
-        poll(attempt, "answers", wait)
-        return replies[-1]
-
-    @app.post("/api/runs/{run_id}/status", dependencies=[needs("trainer")], status_code=204)
-    def put_status_(run_id: Annotated[Id, UrlPath()], body: StatusBody):
-        with store.begin() as conn:
-            known = conn.execute(run.update().where(run.c.id == run_id).values(finished=body.finished))
-            if not known.rowcount:
-                raise HTTPException(404, "no such run")
-            conn.execute(status.insert().values(run=run_id, status=body.model_dump(), time=store.clock()))
-
     # Labeller
     @app.post("/api/claim", dependencies=[needs("labeller")])
-    async def claim_(request: Request, body: ClaimBody):
-        def attempt():
-            if gone.is_set():
-                return None
-            with store.begin() as conn:
-                return claim(conn, store.clock(), heard, body.labeller, body.run, request.state.role == "admin")
+    def claim_(request: Request, body: ClaimBody):
+        with store.begin() as conn:
+            gone, pair = renew(conn, store, body.labeller, body.held), None
+            if body.want and (not body.held or may_look_ahead(conn, store, body.run)):
+                pair = claim(conn, store, body, is_robot(request))
+            told = "" if pair else notice(conn, store, body.labeller, body.run)
+        return {"pair": pair, "gone": gone, "notice": told, "edition": edition}
 
-        async def watch():  # a page that was closed while it waits would keep the next pair from everybody
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
+    @app.post("/api/release", dependencies=[needs("labeller")], status_code=204)
+    def release_(body: ReleaseBody):
+        with store.begin() as conn:
+            let_go(conn, store, body)
 
-        gone, watcher = threading.Event(), asyncio.create_task(watch())
+    @app.get("/api/pictures/{serving_id}/{side}", dependencies=[needs("labeller")])
+    def read_picture_(serving_id: Annotated[Id, UrlPath()], side: Literal["left", "right"]):
+        with store.begin() as conn:
+            found = find_serving(conn, serving_id)
+        path = picture_path(find_run(store, found.run), found.pair, int((side == "right") != found.swapped))
         try:
-            pair = await run_in_threadpool(poll, attempt, "queries", body.wait)
-        finally:
-            watcher.cancel()
-        return {"pair": pair, "edition": edition}
-
-    @app.get("/api/sprites/{sprite_id}", dependencies=[needs("labeller")])
-    def read_sprite_(sprite_id: Annotated[Id, UrlPath()]):
-        with store.begin(write=False) as conn:
-            data = conn.scalar(sa.select(sprite.c.data).where(sprite.c.id == sprite_id))
-        if data is None:
-            raise HTTPException(404, "no such sprite")
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise HTTPException(410, "this pair is gone: its picture was removed") from None
         return Response(data, 200, {"cache-control": "private, max-age=31536000, immutable"}, "image/webp")
 
     @app.get("/api/instructions", dependencies=[needs("labeller")])
     def read_instructions_():
         return instructions | {"edition": edition}
 
-    @app.post("/api/servings/{serving_id}/extend", dependencies=[needs("labeller")], status_code=204)
-    def extend_(serving_id: Annotated[Id, UrlPath()]):
-        with store.begin() as conn:
-            extend(conn, store.clock(), serving_id)
-
     @app.post("/api/answers", dependencies=[needs("labeller")])
     def record_answer_(body: AnswerBody):
         with store.begin() as conn:
-            reply = record_answer(conn, store.clock(), body)
-        ring("answers")
-        return reply
+            return record_answer(conn, store, body)
 
     @app.post("/api/answers/{answer_id}/retract", dependencies=[needs("labeller")])
     def record_retract_(request: Request, answer_id: Annotated[Id, UrlPath()], body: RetractBody):
         with store.begin() as conn:
-            reply = record_retract(conn, store.clock(), answer_id, body, request.state.role == "admin")
-        ring("answers")
-        return reply
+            return record_retract(conn, store, answer_id, body, is_robot(request))
 
     @app.get("/api/progress", dependencies=[needs("labeller")])
-    def progress_(labeller: Annotated[Name, Query()]):
-        with store.begin(write=False) as conn:
-            return progress(conn, store.clock(), heard, labeller)
+    def progress_(labeller: Annotated[Name, Query()], run: Annotated[Line | None, Query()] = None):
+        with store.begin() as conn:
+            return progress(conn, store, labeller, run)
 
     # Admin
     @app.get("/api/stats", dependencies=[needs("admin")])
     def statistics_():
-        with store.begin(write=False) as conn:
-            journal = read_journal(conn)
+        with store.begin() as conn:
+            journal = read_journal(conn, store)
         return statistics(*journal)
 
     @app.get("/export.jsonl", dependencies=[needs("admin")])
     def export_():
-        with store.begin(write=False) as conn:
+        with store.begin() as conn:
             events = export(conn)
         headers = {"content-disposition": 'attachment; filename="labels.jsonl"'}
         return StreamingResponse((json.dumps(e) + "\n" for e in events), 200, headers, "application/jsonl")
@@ -1054,7 +1319,6 @@ def make_app(store: Store, tokens: dict[str, str], args: Args, stopping: Callabl
     return app
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The pages
 # ----------------------------------------------------------------------------------------------------------------------
 STYLE = r"""
@@ -1181,9 +1445,9 @@ LABEL_SCRIPT = r"""
 const HOLD = 0.4;  // seconds for which the last frame stays
 const GUARD = 250;  // milliseconds in which a new pair takes no answer: that press was meant for the one before
 const AHEAD = 2;  // pairs that are fetched and decoded beforehand
-const UNDOS = 5;
+const UNDOS = 2, UNDO_TIME = 14_000;  // then the server writes the answer where the agent learns from it
 const HEARTBEAT = 30_000, IDLE = 300_000;  // who has not touched anything for so long lets the leases run out
-const TIMEOUT = 40_000;  // milliseconds after which a request is given up; a claim may wait for 25 s
+const TIMEOUT = 20_000;  // milliseconds after which a request is given up
 const KEYS = {ArrowLeft: "left", a: "left", ArrowRight: "right", d: "right", ArrowUp: "equal", "=": "equal",
   ArrowDown: "cant-tell", u: "undo", " ": "pause", ",": "back", ".": "forth", s: "speed", "?": "help"};
 const $ = (id) => document.getElementById(id);
@@ -1196,6 +1460,7 @@ const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map(hex).joi
 let labeller = localStorage.getItem("labeller") || "";
 let texts = {rules: "", tasks: {}}, standing = null;
 let lessons = [], held = [], undoable = [];  // of held the first is on screen, the others follow
+let told = "", link = new URLSearchParams(location.search).get("run");  // why nothing is shown; the run of this link
 let shown = null, shownAt = 0, touchedAt = 0, offline = false;
 let clock = 0, frame = -1, last = 0, paused = false, speed = Number(localStorage.getItem("speed")) || 1;
 
@@ -1263,7 +1528,7 @@ function present() {
 const task = () => texts.tasks[held[0]?.instructions] || texts.tasks.general || "";
 
 async function readTexts() {
-  const reply = await ask("/api/instructions").catch(() => null);
+  const reply = await ask("api/instructions").catch(() => null);
   if (reply?.ok) texts = await reply.json();
   explain();
   return reply;
@@ -1289,9 +1554,7 @@ function paint() {
   $("notice").lastChild.textContent = document.body.dataset.state === "stranger"
     ? "Please open the link that you were given: this page needs its token."
     : offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
-    : standing && !standing.runs.length ? "No clips yet. They appear here as soon as a trainer starts."
-    : standing && !live.length ? "All labels are in. Thank you!"
-    : "No clips to compare right now: the agent is training. This page goes on by itself.";
+    : told || standing?.notice || "";
 }
 
 function say(text) {
@@ -1336,9 +1599,11 @@ async function askName() {
   const why = ["It tells your answers from those of others."];
   let name = "";
   while (!name) name = await show("What is your name?", why, labeller);
-  if (name !== labeller) [held, undoable] = [[], []];  // those were served to somebody else
+  if (name !== labeller) {
+    letGo();
+    [held, undoable] = [[], []];  // those were served to somebody else
+  }
   localStorage.setItem("labeller", labeller = name);
-  remember();
   present();
   fill();
 }
@@ -1364,29 +1629,52 @@ async function take(pair) {
   const [left, right] = await Promise.all([load(pair.left), load(pair.right)]);
   if (pair.labeller !== labeller) return;  // the name was changed meanwhile: the server would refuse the answer
   held.push({...pair, left, right, pair});
-  remember();
   if (held.length === 1) present();
 }
 
-// A page that is loaded again goes on with the pairs it had
-const remember = () => sessionStorage.setItem("held", JSON.stringify(held.map((entry) => entry.pair)));
+// A page that is loaded again goes on with the pairs it had; others get them if it is not. They are kept as it ends and
+// not before: a tab that is duplicated starts with a copy of the session storage, and needs pairs of its own
+addEventListener("pagehide", () => {
+  sessionStorage.setItem("held", JSON.stringify(held.map((entry) => entry.pair)));
+  letGo();
+});
+function letGo() {
+  const servings = [...held.map((entry) => entry.serving), asking].filter(Boolean);
+  if (labeller && servings.length) beacon("api/release", {labeller, held: servings});
+}
+const beacon = (url, body) => navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
 
-let filling = false, patience = 1000;
+// Prolong the pairs that are here, drop those that somebody else answered or whose run has stopped, ask for another
+async function claim(want) {
+  const asked = labeller, body = {labeller, held: held.map((entry) => entry.serving), want, run: link};
+  if (want) body.serving = asking = newId();
+  const reply = await post("api/claim", body);
+  if (await refuses(reply, 401, 403)) return stranger();
+  if (!reply.ok) throw new Error(reply.status);
+  const {pair, gone, notice, edition} = await reply.json();
+  if (edition !== texts.edition) await readTexts();
+  [offline, patience] = [false, 1000];
+  if (notice) told = notice;
+  if (gone.length) drop(gone);
+  return pair && {...pair, labeller: asked};
+}
+
+function drop(gone) {
+  const seen = gone.includes(held[0]?.serving);
+  held = held.filter((entry) => !gone.includes(entry.serving));
+  if (seen) present();
+}
+
+let filling = false, patience = 1000, asking = null;
 async function fill() {
   if (filling || !labeller || lessons.length || document.body.dataset.state === "stranger") return;
   filling = true;
   try {
-    while (held.length <= AHEAD) {
-      const asked = labeller;
-      const reply = await post("/api/claim", {labeller, wait: held.length ? 0 : 25});
-      if (await refuses(reply, 401, 403)) return stranger();
-      if (!reply.ok) throw new Error(reply.status);
-      const {pair, edition} = await reply.json();
-      if (edition !== texts.edition) await readTexts();
-      [offline, patience] = [false, 1000];
-      if (pair) await take({...pair, labeller: asked});
+    while (held.length <= AHEAD && document.body.dataset.state !== "stranger") {
+      const pair = await claim(true);
+      if (pair) await take(pair);
       else if (held.length) break;
-      else await sleep(500);
+      else await sleep(1000);
       paint();
     }
   } catch {
@@ -1400,15 +1688,8 @@ async function fill() {
 }
 
 async function beat() {
-  if (document.hidden || performance.now() - touchedAt > IDLE || outbox().length) return;
-  for (const {serving} of [...held]) {
-    const reply = await post(`/api/servings/${serving}/extend`, {}).catch(() => null);
-    if (!reply || !await refuses(reply, 404, 409)) continue;
-    const seen = held[0]?.serving === serving;
-    held = held.filter((entry) => entry.serving !== serving);
-    remember();
-    if (seen) present();
-  }
+  if (document.hidden || performance.now() - touchedAt > IDLE || outbox().length || !held.length) return;
+  await claim(false).catch(() => null);
   fill();
 }
 
@@ -1468,15 +1749,14 @@ function answer(which) {
   if (!shown || $("dialog").open || performance.now() - shownAt < GUARD) return;
   if (lessons.length) return practise(which);
   const id = newId(), {serving} = shown, seconds = (performance.now() - shownAt) / 1000;
-  send("/api/answers", {id, serving, labeller, answer: which, seconds});
-  undoable.push({id, pair: shown});
+  send("api/answers", {id, serving, labeller, answer: which, seconds});
+  undoable.push({id, pair: shown, at: performance.now()});
   if (undoable.length > UNDOS) {
     const {pair} = undoable.shift();
     pair.left.close();
     pair.right.close();
   }
   held.shift();
-  remember();
   confirm(which);
   present();
   fill();
@@ -1491,11 +1771,11 @@ function confirm(which) {
 }
 
 function undo() {
+  if (lessons.length || !undoable.length) return say("nothing to undo");
   const entry = undoable.pop();
-  if (lessons.length || !entry) return say("nothing to undo");
-  send(`/api/answers/${entry.id}/retract`, {id: newId(), labeller});
+  if (performance.now() - entry.at > UNDO_TIME) return say("the agent has learned from that answer already");
+  send(`api/answers/${entry.id}/retract`, {id: newId(), labeller});
   held.unshift(entry.pair);
-  remember();
   present();
   say("undone");
 }
@@ -1508,7 +1788,7 @@ function report() {  // every three seconds at most
 
 async function askProgress() {
   reportedAt = performance.now();
-  const reply = labeller && await ask(`/api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
+  const reply = labeller && await ask(`api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
   if (reply && reply.ok) standing = await reply.json();
   paint();
 }
@@ -1608,7 +1888,7 @@ addEventListener("visibilitychange", () => {
 addEventListener("pagehide", () => {  // they stay in the outbox, and are sent again if nothing acknowledges them
   for (const key of outbox()) {
     const {url, body} = JSON.parse(localStorage.getItem(key));
-    navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
+    beacon(url, body);
   }
 });
 
@@ -1627,11 +1907,10 @@ async function start() {
   if (labeller) present();
   else await askName();
   flush();
-  const kept = JSON.parse(sessionStorage.getItem("held") || "[]");
-  for (const pair of kept.filter((pair) => pair.labeller === labeller)) {
-    const reply = await post(`/api/servings/${pair.serving}/extend`, {}).catch(() => null);
-    if (reply?.ok) await take(pair).catch(() => null);
-  }
+  const kept = JSON.parse(sessionStorage.getItem("held") || "[]").filter((pair) => pair.labeller === labeller);
+  sessionStorage.removeItem("held");
+  for (const pair of kept) await take(pair).catch(() => null);
+  if (held.length) await claim(false).catch(() => null);
   report();
   fill();
   setInterval(beat, HEARTBEAT);
@@ -1696,7 +1975,7 @@ function plot(parent, title, points, top) {
 }
 
 async function refresh() {
-  const reply = await fetch("/api/stats").catch(() => null);
+  const reply = await fetch("api/stats").catch(() => null);
   if (!reply?.ok) {
     if (!main.firstChild || reply) main.textContent = reply ? "Please open the stats link that the server printed."
       : "The server can't be reached.";
@@ -1707,18 +1986,17 @@ async function refresh() {
   put(main, "h1", "Labels");
   const legend = put(main, "p", "Small: 95 % interval in per cent, and number of answers. Same again: one person, "
     + "the same pair twice. Agree, κ: one pair, two people. As true sums: decisive answers where the sums are known. ");
-  put(legend, "a", "Download all answers (JSON lines)", {href: "/export.jsonl"});
+  put(legend, "a", "Download all answers (JSON lines)", {href: "export.jsonl"});
   table(main, "people", [["all", all], ...labellers.map((s) => [s.labeller, s])]);
   for (const run of [...runs].reverse()) {
-    const {status} = run;
-    put(main, "h2", `${run.env_id}: ${run.counted} of ${run.labels} labels${run.finished ? ", finished" : ""}`);
-    const steps = status.global_step === undefined ? "has not reported yet"
-      : `step ${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}, `
-      + `${status.labels_due} labels due${status.waiting ? ", waiting for them" : ""}`;
+    const {status} = run, state = run.finished ? "finished" : run.live ? status?.phase : "not running";
+    put(main, "h2", `${run.env_id}: ${run.counted} of ${run.labels} labels, ${state}`);
+    const steps = status ? `step ${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}, `
+      + `${status.labels_due} labels due` : "has not reported yet";
     put(main, "p", `${run.name} (${run.script}), ${run.open} pairs open, ${run.late} answers late; ${steps}`);
     plot(main, "labels", run.labels_over_time);
     plot(main, "reward model: held-out accuracy", run.accuracy_over_time, 1);
-    table(main, "run", [[run.id.slice(0, 8), run]]);
+    table(main, "run", [[run.env_id, run]]);
   }
 }
 refresh();
@@ -1732,7 +2010,12 @@ PAGE = """<!doctype html>
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None):
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that lacks a character of the help
+        stream.reconfigure(errors="replace")
     args = tyro.cli(Args, args=argv, description=__doc__)
     check_args(args)
     read_instructions(args.instructions)
@@ -1746,28 +2029,18 @@ def main(argv: list[str] | None = None):
     except OSError as error:
         fail(f"can't listen on {args.host} port {args.port}: {error.strerror or error}; choose another --port")
     args.port = listener.getsockname()[1]
-    store = Store(args.database_url)
-    if store.is_sqlite and store.url.database in (None, "", ":memory:"):
-        fail(f"--database-url {args.database_url} is no file: what people label would go with the server")
+    store = Store(args.runs_dir)
     named = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
     url = args.public_url or f"http://{f'[{named}]' if ':' in named else named}:{args.port}"
     url = url.rstrip("/")
-    folder = Path(store.url.database).parent if store.is_sqlite else Path()
-    tokens = read_tokens(folder / "label_server.tokens", url)
-    server = None
-    app = make_app(store, tokens, args, stopping=lambda: server.should_exit)
+    tokens = read_tokens(store.runs_dir / "label_server.tokens", url)
+    look(store, args)
+    app = make_app(store, tokens, args)
     options = {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": 5, "timeout_keep_alive": 75}
     server = uvicorn.Server(uvicorn.Config(app, **options))
-    shown = store.url.render_as_string(hide_password=True)
-    if store.is_sqlite:
-        shown += f" (SQLite {sqlite3.sqlite_version}, one connection, synchronous=FULL)"
     print(f"label here:       {url}/?token={tokens['labeller']}")
-    # A trainer in this directory finds its token in the file; one elsewhere needs it in the line
-    is_here = is_local(args.host) and not args.public_url and folder.resolve() == Path.cwd()
-    server_url = url if is_here else f"'{url}/?token={tokens['trainer']}'"
-    print(f"start a trainer:  python ppo_mujoco_rlhf.py --human --labels 700 --label-server {server_url}")
     print(f"watch the labels: {url}/stats?token={tokens['admin']}")
-    print(f"kept in:          {shown}", flush=True)
+    print(f"watches:          {store.runs_dir.resolve()}, for runs of --human", flush=True)
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
 

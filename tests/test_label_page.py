@@ -14,11 +14,10 @@ from playwright.sync_api import sync_playwright
 
 import label_server
 from benchmarks.label_server_kills import Server
-from label_world import TOKENS, World, listening, new_id, text
+from label_world import TOKENS, Trainer, World, listening, new_id
 
 FRAMES, SIZE = 12, 16
 CLIP = {"frames": FRAMES, "width": SIZE, "height": SIZE, "columns": 5, "fps": 20.0, "pixelated": True}
-RUN = {"name": "first", "env_id": "Hopper-v5", "script": "ppo", "labels": 100, "max_open": 1000, "clip": CLIP}
 LINK = f"/?token={TOKENS['labeller']}"
 # What a person has behind them after the first visit
 KNOWN = """for (const [key, value] of [["labeller", NAME], ["practised", "yes"], ["read:Hopper-v5", READ]])
@@ -31,12 +30,12 @@ SEEN = """() => ["left", "right"].map((side) => {
 })"""
 
 
-def numbered_sheet(clip: int) -> str:
+def numbered_sheet(clip: int) -> bytes:
     sheet = np.zeros((-(-FRAMES // 5) * SIZE, 5 * SIZE, 3), np.uint8)
     for frame in range(FRAMES):
         y, x = frame // 5 * SIZE, frame % 5 * SIZE
         sheet[y : y + SIZE, x : x + SIZE] = (0, clip, 16 * frame)  # OpenCV writes blue, green, red
-    return text(cv2.imencode(".webp", sheet, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes())
+    return cv2.imencode(".webp", sheet, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
 
 
 SHEETS = [numbered_sheet(60), numbered_sheet(200)]
@@ -94,9 +93,9 @@ class Visit:
 
 
 @pytest.fixture
-def world():
+def world(tmp_path):
     random.seed(0)
-    world = World("sqlite://", now=time.time())
+    world = World(tmp_path / "runs", now=time.time())
     with listening(world) as world.url:
         yield world
     world.close()
@@ -117,14 +116,10 @@ def visit(browser, world):
 
 
 def put(world, count, run=None):
-    if run is None:
-        run = new_id()
-        world.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-    queries = [new_id() for _ in range(count)]
-    for query in queries:
-        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-        world.call("PUT", f"/api/queries/{query}", body, "trainer")
-    return run, queries
+    run = run or world.run(clip=CLIP)
+    numbers = [run.ask(SHEETS) for _ in range(count)]
+    world.look()
+    return run, numbers
 
 
 def said(event):
@@ -192,10 +187,8 @@ def test_undo_shows_the_pair_again_and_the_new_answer_counts(world, visit):
     journal = world.journal()
     assert [event["kind"] for event in journal] == ["answer", "answer", "retract", "retract", "answer", "answer"]
     assert [event["retracts"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
-    world.now += label_server.GRACE
-    assert {event["query"]: event["answer"] for event in world.events(run)} == {
-        event["query"]: event["answer"] for event in journal[4:]
-    }
+    world.look(label_server.GRACE + 1)
+    assert run.answers() == {event["pair"]: label_server.MU[event["answer"]] for event in journal[4:]}
 
 
 def test_both_canvases_show_the_same_frame_and_the_last_one_stays(world, visit):
@@ -324,7 +317,7 @@ def test_a_connection_that_hangs_is_given_up(world, visit):
     put(world, 5)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     one.page.evaluate("const inFact = AbortSignal.timeout; AbortSignal.timeout = () => inFact.call(AbortSignal, 1000)")
     hung = []
     for path in ("answers", "claim", "progress*"):
@@ -340,7 +333,7 @@ def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
     put(world, 6)
     one, away = visit(), True
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
 
     def fail_while_away(route):
         if away:
@@ -362,28 +355,13 @@ def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
     one.problems[:] = [line for line in one.problems if "404" not in line]
 
 
-def test_an_answer_waits_for_a_token_that_may_give_it(world, visit):
-    put(world, 4)
-    one = visit()
-    one.wait()
-    other = one.context.new_page()
-    other.goto(f"{world.url}/?token={TOKENS['trainer']}")
-    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
-    one.wait("stranger")
-    one.page.wait_for_timeout(500)
-    other.goto(world.url + LINK)
-    one.sent()
-    assert len(world.journal()) == 1
-    one.problems[:] = [line for line in one.problems if "403" not in line]
-
-
 def test_what_the_server_itself_refuses_is_not_sent_for_ever(world, visit):
     put(world, 2)
     one = visit()
     one.wait()
     bad = {"id": new_id(), "serving": new_id(), "labeller": "Ann", "answer": "left", "seconds": 1}
     bodies = [bad, bad | {"seconds": -1}, bad | {"serving": one.serving(), "labeller": "Bob"}]
-    one.page.evaluate("(bodies) => bodies.forEach((body) => send('/api/answers', body))", bodies)
+    one.page.evaluate("(bodies) => bodies.forEach((body) => send('api/answers', body))", bodies)
     one.do(lambda: one.page.keyboard.press("ArrowLeft"))
     one.sent()
     assert len(world.journal()) == 1
@@ -400,35 +378,38 @@ def test_two_people_are_never_given_the_same_pair(world, visit):
         one.wait("waiting")
         one.sent()
     journal = world.journal()
-    assert sorted(event["query"] for event in journal) == sorted(queries)
+    assert sorted(event["pair"] for event in journal) == sorted(queries)
     assert [sum(event["labeller"] == name for event in journal) for name in ("Ann", "Bob")] == [4, 4]
     assert all(event["counted"] for event in journal)
 
 
 def test_a_loaded_page_goes_on_with_the_pairs_it_had(world, visit):
-    put(world, 3)
+    put(world, 9)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     serving = one.serving()
     one.page.reload()
     one.wait()
     assert one.serving() == serving
     assert one.do(lambda: one.page.keyboard.press("ArrowUp")) == serving
-    for _ in range(2):
+    for _ in range(8):
         one.do(lambda: one.page.keyboard.press("ArrowUp"))
     one.sent()
-    assert len({event["query"] for event in world.journal()}) == 3
+    assert len({event["pair"] for event in world.journal()}) == 9
 
 
 def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit):
-    one = visit()
-    one.wait("waiting")  # Ann's claim is under way
+    one, under_way = visit(), []
+    one.wait("waiting")
+    one.page.route("**/api/claim", lambda route: under_way.append(route), times=1)
+    one.page.wait_for_timeout(1500)
+    put(world, 1)
     one.page.click("#who")
     one.page.fill("input", "Bob")
+    one.page.keyboard.press("Enter")
     with one.page.expect_response("**/api/claim"):
-        one.page.keyboard.press("Enter")
-        put(world, 1)
+        under_way[0].continue_()
     one.page.wait_for_timeout(500)
     assert one.page.get_attribute("body", "data-state") == "waiting"
     world.now += label_server.LEASE + 1
@@ -438,28 +419,26 @@ def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit)
 
 
 def test_a_loaded_page_leaves_the_pairs_of_another_name(world, visit):
-    put(world, 3)
+    put(world, 1)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
     one.page.evaluate("localStorage.setItem('labeller', 'Bob')")  # in another tab
     one.page.reload()
     one.wait("waiting")
     one.page.wait_for_timeout(500)
     assert one.page.get_attribute("body", "data-state") == "waiting"
-    world.now += label_server.LEASE + 1
-    for _ in range(3):
-        one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    world.now += label_server.RELOAD + 1  # Ann's page let go of it
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
     one.sent()
-    assert [event["labeller"] for event in world.journal()] == ["Bob"] * 3
+    assert [event["labeller"] for event in world.journal()] == ["Bob"]
 
 
 @pytest.mark.parametrize("how", ["key", "click", "tab"])
 def test_who_comes_back_answers_nothing_that_others_have_answered(world, visit, how):
-    put(world, 5)
+    put(world, 9)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     stale = one.serving()
 
     def hide(hidden):
@@ -594,17 +573,14 @@ def test_a_stranger_answers_no_pair_that_is_out_of_sight(world, visit):
 
 
 def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, tmp_path):
-    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
-    one = None
+    server = Server(tmp_path, "--repeat-frac", "0", "--overlap-frac", "0")
+    run, one = Trainer(server.runs / "one", clip=CLIP), None
     try:
-        run = new_id()
-        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-        for _ in range(6):
-            body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-            server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
+        for _ in range(9):
+            run.ask(SHEETS)
         one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
         servings = [one.do(lambda: one.page.keyboard.press("ArrowLeft"))]
-        one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+        one.page.wait_for_function("() => held.length === 3")
         server.kill()
         servings += [one.do(lambda: one.page.keyboard.press("ArrowUp")) for _ in range(2)]
         one.page.keyboard.press("u")  # one of those was a slip
@@ -625,25 +601,19 @@ def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, t
 
 
 def test_new_instructions_are_shown_to_who_has_read_the_old_ones(browser, tmp_path):
-    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
-    one, run = None, new_id()
-
-    def put_one():
-        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-        server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
-
+    server = Server(tmp_path, "--repeat-frac", "0", "--overlap-frac", "0")
+    run, one = Trainer(server.runs / "one", clip=CLIP), None
     try:
-        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-        put_one()
+        run.ask(SHEETS)
         one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
         one.do(lambda: one.page.keyboard.press("ArrowLeft"))
         one.wait("waiting")
         assert not one.page.is_visible("dialog")
         server.kill()
         (tmp_path / "told.txt").write_text("Which backflip is rounder?\nLook at the knees.\n")
-        server.command += ["--instructions", "told.txt"]
+        server.command += ["--instructions", str(tmp_path / "told.txt")]
         server.start()
-        put_one()
+        run.ask(SHEETS)
         one.page.wait_for_selector("dialog[open]")
         assert "Which backflip is rounder?\n\nLook at the knees." in one.page.inner_text("dialog")
         one.page.keyboard.press("Enter")

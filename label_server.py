@@ -12,18 +12,20 @@
     once the person can undo it no more, it is a line of RUN/preferences/answers.jsonl, which the trainer reads
 
 Nothing that was acknowledged is lost, and nothing is written twice, whatever is killed and when. An answer that trains
-is first a line of RUN/preferences/pending.jsonl, flushed to the disk, then a row of the database, then acknowledged. It
-becomes a line of answers.jsonl, flushed, before pending.jsonl is emptied. A start writes what is pending and not in
-answers.jsonl yet. So the labels live in the run alone. The database remembers who was shown what: sides, repeats,
-second opinions, for statistics; without it the server takes up from the runs.
+is first a line of RUN/preferences/pending.jsonl, flushed to the disk, then a row of the log, then acknowledged. Once it
+is a flushed line of answers.jsonl, pending.jsonl is emptied. A start writes what is pending and not in answers.jsonl
+yet. So the labels live in the run alone. The log, label_server.sqlite beside the runs, remembers who was shown what:
+sides, repeats, second opinions, for statistics; without it the server takes up from the runs.
 
 Docs: docs/human_labels.md. /openapi.json lists the requests.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
 import hmac
+import io
 import json
 import math
 import os
@@ -35,8 +37,9 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -107,6 +110,7 @@ def check_args(args: Args) -> None:
         fail("--public-url is not of the form https://host/path")  # not shown: it may hold a password
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # What people are told (the gist of appendix B; the first line is the question above the clips)
 # ----------------------------------------------------------------------------------------------------------------------
 GENERAL = """\
@@ -228,13 +232,11 @@ class Run:
     seen_locked: bool = False
     live: bool = False
     finished: bool = False
-    paused: bool = False
-    archived: bool = False
     settled: bool = False  # what an earlier server left pending is written
     position: int = 0  # bytes of answers.jsonl that were read
-    answered: set[int] = field(default_factory=set)  # pairs with a line
-    fresh: list[dict] = field(default_factory=list)  # lines that the database may not have
-    known: set[int] | None = None  # pairs that it has
+    lines: dict[int, dict] = field(default_factory=dict)  # the first of each pair: the one that counts
+    fresh: list[dict] = field(default_factory=list)  # those that the log may not have
+    seen: set[int] = field(default_factory=set)  # pairs whose files were looked at
 
     @property
     def name(self) -> str:
@@ -257,10 +259,6 @@ class Run:
         """When the next pairs come, as the trainer estimated it when it wrote its status."""
         known = self.status is not None and self.status.seconds_to_next_pairs is not None
         return self.told + self.status.seconds_to_next_pairs if known else math.inf
-
-    @property
-    def served(self) -> bool:
-        return self.live and not self.paused and not self.archived
 
 
 def read_json(path: Path) -> dict:
@@ -359,8 +357,8 @@ def read_answers(run: Run) -> None:
     rows, run.position = read_lines(run.answers, run.position)
     for row in rows:
         number, mu = row.get("pair"), row.get("mu", "")
-        if type(number) is int and mu in SAID and number not in run.answered:
-            run.answered.add(number)
+        if type(number) is int and mu in SAID and number not in run.lines:
+            run.lines[number] = row
             run.fresh.append(row)
 
 
@@ -368,12 +366,10 @@ def settle(run: Run, barred: set[str]) -> None:
     """Write what an earlier server had acknowledged and not written yet."""
     if run.answers.exists():
         append(run.answers, [])  # ends a torn line
-    read_answers(run)
     rows, _ = read_lines(run.pending)
-    undone = {row["retracts"] for row in rows if "retracts" in row}
-    kept = {}
+    undone, kept = {row.get("undone") for row in rows}, {}
     for row in rows:
-        if row.get("id") not in undone and row.get("who") not in barred and "retracts" not in row:
+        if row.get("id") and row["id"] not in undone and row.get("who") not in barred:
             kept.setdefault(row.get("pair"), row)
     write_answers(run, list(kept.values()))
     empty(run.pending)
@@ -382,7 +378,7 @@ def settle(run: Run, barred: set[str]) -> None:
 
 def write_answers(run: Run, rows: list[dict]) -> None:
     read_answers(run)
-    rows = [row for row in rows if row.get("pair") not in run.answered]
+    rows = [row for row in rows if row.get("pair") not in run.lines]
     if rows:
         append(run.answers, rows)
         read_answers(run)
@@ -403,7 +399,7 @@ def picture_path(run: Run, number: int, clip: int) -> Path:
     return run.folder / "preferences" / f"{number:08d}.{clip}.webp"
 
 
-def read_pair(run: Run, number: int) -> dict | None:
+def read_pair(run: Run, number: int) -> list | None:
     """The true sums of a pair whose files are all there and whole; None if some are missing. ValueError says what is
     wrong: a folder that is copied while it grows may be whole at the next look."""
     pictures = [picture_path(run, number, clip) for clip in (0, 1)]
@@ -419,110 +415,154 @@ def read_pair(run: Run, number: int) -> dict | None:
         first, second = (x if math.isfinite(x) else None for x in sums)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise ValueError(f"{path.name} can't be read ({error.__class__.__name__})") from None
-    return {"pair": number, "sum_first": first, "sum_second": second}
+    return [first, second]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The store
+# The store: a log of who was shown what and said what, and what follows from it
 # ----------------------------------------------------------------------------------------------------------------------
 metadata = sa.MetaData()
+log = sa.Table("log", metadata, sa.Column("number", sa.Integer, primary_key=True), sa.Column("row", sa.JSON))
 
 
-def table(name: str, /, *constraints, optional: tuple[str, ...] = (), **columns) -> sa.Table:
-    """Its first column is the key; a column is needed unless it is optional; a string is what it refers to."""
-    key, made = next(iter(columns)), []
-    for column, kind in columns.items():
-        kind = sa.ForeignKey(kind) if isinstance(kind, str) else kind
-        made.append(sa.Column(column, kind, primary_key=column == key, nullable=column in optional))
-    return sa.Table(name, metadata, *made, *constraints)
+@dataclass(eq=False)
+class Serving:
+    """A pair before one person. `leased` is on the clock that never goes back: until then nobody else gets the pair."""
+
+    id: str
+    run: str
+    pair: int
+    who: str
+    shown: str  # new, repeat (to the same person) or overlap (to a second one)
+    swapped: bool
+    sums: list
+    time: float
+    leased: float = 0.0
+    answer: "Answer | None" = None  # that stands
 
 
-def one_of(column: str, *values: str) -> sa.CheckConstraint:
-    return sa.CheckConstraint(f"{column} in ({', '.join(map(repr, values))})")
+@dataclass(eq=False)
+class Answer:
+    id: str
+    serving: Serving
+    said: str  # a key of MU
+    late: bool
+    counted: bool  # it trains
+    seconds: float | None
+    time: float
+    turn: int  # how many answers this person had given before
+    ripe: float = 0.0  # when it can't be undone any more, on the clock that never goes back
 
 
-Uuid = sa.String(32)
-schema_version = table("schema_version", version=sa.Integer)
-run_table = table("run", name=sa.Text, paused=sa.Boolean, archived=sa.Boolean, time=sa.Double)
-accuracy = table(
-    "accuracy", sa.Index("of_run", "run"), number=sa.Integer, run="run.name", heldout=sa.Double, time=sa.Double
-)
-person = table("person", name=sa.Text, barred=sa.Boolean)
-query = table(
-    "query", sa.UniqueConstraint("run", "pair"), sa.Index("query_state", "answer", "run"),
-    number=sa.Integer, run="run.name", pair=sa.Integer, sum_first=sa.Double, sum_second=sa.Double,
-    repeat_due=sa.Boolean, overlap_due=sa.Boolean, time=sa.Double,
-    answer=Uuid,  # the event that trains
-    optional=("sum_first", "sum_second", "answer"),
-)  # fmt: skip
-serving = table(
-    "serving", sa.UniqueConstraint("query", "labeller", "kind"), sa.Index("serving_labeller", "labeller", "answer"),
-    sa.Index("serving_final", "final", "answer"), one_of("kind", "new", "repeat", "overlap"),
-    id=Uuid, query="query.number", labeller=sa.Text, kind=sa.Text, swapped=sa.Boolean, time=sa.Double,
-    leased_until=sa.Double,  # on the clock that never goes back
-    answer=Uuid,  # the event that stands
-    final=sa.Boolean,  # its answer can't be undone any more
-    optional=("answer",),
-)  # fmt: skip
-event = table(  # the journal: rows are only ever appended
-    "event", sa.UniqueConstraint("id"), sa.Index("event_labeller", "labeller", "kind", "number"),
-    one_of("kind", "answer", "retract"), one_of("answer", *MU),
-    number=sa.Integer, id=Uuid, kind=sa.Text, serving="serving.id", labeller=sa.Text, answer=sa.Text, retracts=Uuid,
-    late=sa.Boolean, counted=sa.Boolean, seconds=sa.Double, time=sa.Double,
-    ripe=sa.Double,  # when it can't be undone any more, on the clock that never goes back
-    optional=("retracts", "seconds"),
-)  # fmt: skip
-later = event.alias()
-later_serving = serving.alias()
+@dataclass(eq=False)
+class Pair:
+    servings: list[Serving] = field(default_factory=list)
+    trains: Answer | None = None
+    sums: list | None = None  # known once its files were seen whole: only then it is shown
+    due: set = field(default_factory=set)  # repeat, overlap
+
+    def is_held(self, now: float) -> bool:
+        """Somebody has it on the screen: that needs no sweeper to end."""
+        return any(one.answer is None and one.leased > now for one in self.servings)
+
+    def of(self, who: str) -> list[Serving]:
+        return [one for one in self.servings if one.who == who]
 
 
 class Store:
-    """The runs, and the database beside them; one thread at a time.
+    """The runs, and the log beside them; one thread at a time.
 
     SQLite has a single connection: all versions up to 3.51.2 can corrupt a database in WAL mode if two connections
     write and checkpoint at the same instant. FULL, since with NORMAL a commit that somebody was told of can vanish with
-    the power. Leases and grace run on `clock`, which never goes back; `wall` is for the record.
+    the power. `wall` is for the record only.
     """
 
     def __init__(self, runs_dir: Path, clock: Callable[[], float] = time.monotonic, wall=time.time):
         self.runs_dir, self.clock, self.wall = runs_dir.expanduser(), clock, wall
         self.lock, self.runs, self.others, self.told_of = threading.Lock(), {}, set(), set()
+        self.pairs, self.servings, self.answers, self.undone = defaultdict(Pair), {}, {}, {}
+        self.shown = []  # pairs whose files were seen whole, and their keys, oldest first
+        self.pending, self.here = [], {}  # answers that can still be undone; when people were here last
+        self.barred, self.settings, self.heldout, self.turns = set(), {}, [], Counter()
         try:
             self.runs_dir.mkdir(exist_ok=True)
             os.scandir(self.runs_dir).close()
             self.lock_file = os.open(self.runs_dir / "label_server.lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.path = self.runs_dir / "label_server.sqlite"
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            path = self.runs_dir / "label_server.sqlite"
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except BlockingIOError:
             fail(f"another label server is running on --runs-dir {self.runs_dir}")
         except OSError as error:
             fail(f"--runs-dir {self.runs_dir} is no directory to read and write in: {error.strerror}")
         options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False, "timeout": 1}}
-        self.engine = sa.create_engine(f"sqlite:///{self.path}", **options)
+        self.engine = sa.create_engine(f"sqlite:///{path}", **options)
         sa.event.listen(self.engine, "connect", prepare_sqlite)
-        sa.event.listen(self.engine, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
         try:
-            with self.begin() as conn:
-                found = open_schema(conn)
-                if not found:  # of the clock of a process that has ended
-                    conn.execute(serving.update().values(leased_until=self.clock() + LEASE))
-                    conn.execute(event.update().values(ripe=self.clock()))
-        except sa.exc.DBAPIError as error:
+            with self.engine.begin() as conn:
+                if not sa.inspect(conn).get_table_names():
+                    metadata.create_all(conn)
+                    conn.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                if conn.exec_driver_sql("PRAGMA user_version").scalar() != SCHEMA_VERSION:
+                    raise ValueError(f"is not a label server's of version {SCHEMA_VERSION}")
+                for row in conn.scalars(sa.select(log.c.row).order_by(log.c.number)):
+                    self.apply(row)
+        except (sa.exc.DBAPIError, ValueError) as error:
             self.close()
-            fail(f"{self.path} can't be opened: {error.orig}; remove it: the labels lie in the runs")
-        if found:
-            self.close()
-            fail(f"{self.path} {found}; this program writes version {SCHEMA_VERSION}: move it away")
-
-    @contextmanager
-    def begin(self):
-        with self.lock, self.engine.begin() as conn:
-            yield conn
+            fail(f"{path} can't be opened: {getattr(error, 'orig', error)}; move it away: the labels lie in the runs")
+        for one in self.servings.values():  # a page that has it goes on, whoever was killed
+            one.leased = self.clock() + LEASE
+        self.pending.clear()
+        for pair in self.pairs.values():  # what trains is what the runs' files say
+            pair.trains = None
 
     def close(self):
         self.engine.dispose()
         os.close(self.lock_file)
+
+    def write(self, *rows: dict) -> None:
+        """Put rows into the log for good, then into what follows from it."""
+        with self.engine.begin() as conn:
+            conn.execute(log.insert(), [{"row": row} for row in rows])
+        for row in rows:
+            self.apply(row)
+
+    def apply(self, row: dict) -> None:
+        values = {name: value for name, value in row.items() if name != "kind"}
+        match row["kind"]:
+            case "serving":
+                one = Serving(**values, leased=self.clock() + LEASE)
+                self.servings[one.id] = one
+                self.pairs[one.run, one.pair].servings.append(one)
+            case "answer":
+                one = self.servings[row["serving"]]
+                values |= {"serving": one, "turn": self.turns[one.who], "ripe": self.clock() + GRACE}
+                self.answers[row["id"]] = one.answer = Answer(**values)
+                self.turns[one.who] += 1
+                self.pending.append(one.answer)
+                if one.answer.counted:
+                    self.pairs[one.run, one.pair].trains = one.answer
+            case "undo":
+                answer = self.answers[row["answer"]]
+                self.undone[row["id"]] = answer
+                answer.serving.answer, answer.serving.leased = None, self.clock() + LEASE
+                self.forget(answer)
+            case "person":
+                (self.barred.add if row["barred"] else self.barred.discard)(row["who"])
+                for answer in map(self.answers.get, row["dropped"]):
+                    self.forget(answer)
+                    answer.counted = False
+            case "run":
+                self.settings[row["run"]] = row
+            case "heldout":
+                self.heldout.append(row)
+
+    def forget(self, answer: Answer) -> None:
+        """It trains no more."""
+        self.pending = [one for one in self.pending if one is not answer]
+        pair = self.pairs[answer.serving.run, answer.serving.pair]
+        if pair.trains is answer:
+            pair.trains = None
 
     def tell(self, message: str) -> None:
         """Say once on the terminal what is wrong."""
@@ -530,26 +570,17 @@ class Store:
             self.told_of.add(message)
             print(f"label_server: {message}", file=sys.stderr, flush=True)
 
-    def served(self, name: str | None = None) -> list[str]:
-        return [run.name for run in self.runs.values() if run.served and name in (None, run.name)]
+    def has(self, run: "Run", setting: str) -> bool:
+        return self.settings.get(run.name, {}).get(setting, False)
 
-
-def open_schema(conn) -> str | None:
-    """Make the tables in an empty database; else say what is wrong with those that are there."""
-    known = sa.inspect(conn).get_table_names()
-    if not known:
-        metadata.create_all(conn)
-        conn.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-        return None
-    version = conn.scalar(sa.select(schema_version.c.version)) if "schema_version" in known else None
-    if version == SCHEMA_VERSION:
-        return None
-    return f"has schema version {version}" if version else "is not a label server's"
+    def served(self, name: str | None = None) -> list["Run"]:
+        """Live runs whose pairs are shown; only that of a link, if it names one."""
+        runs = [run for run in self.runs.values() if run.live and name in (None, run.name)]
+        return [run for run in runs if not self.has(run, "paused") and not self.has(run, "archived")]
 
 
 def prepare_sqlite(connection, _):
-    connection.isolation_level = None  # so that SQLAlchemy, not sqlite3, says when a transaction begins
-    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -560,11 +591,8 @@ def look(store: Store, args: Args) -> None:
     """Look at every run of people, take up its new pairs and answers."""
     seen = {}
     for folder in sorted(path for path in store.runs_dir.iterdir() if (path / "args.json").exists()):
-        if folder.name in store.runs:
-            seen[folder.name] = store.runs[folder.name]
-            continue
         try:
-            run = None if folder.name in store.others else open_run(folder)
+            run = store.runs.get(folder.name) or (None if folder.name in store.others else open_run(folder))
             if run:
                 seen[run.name] = run
             else:
@@ -577,199 +605,179 @@ def look(store: Store, args: Args) -> None:
         except (OSError, sa.exc.DBAPIError) as error:
             store.tell(f"{run.folder}: {error}")
     store.runs = seen
-    with store.begin() as conn:
-        release(conn, store)
+    with store.lock:
+        release(store)
 
 
 def look_into(store: Store, run: Run, args: Args) -> None:
     before = run.status
     look_at(run, store.clock(), store.wall())
-    if not run.settled:
-        with store.begin() as conn:
-            settle(run, set(conn.scalars(sa.select(person.c.name).where(person.c.barred))))
-    if not run.live:
-        return
-    if run.known is None:
-        with store.begin() as conn:
-            take_up(conn, store, run)
-    numbers = {int(path.stem) for path in run.answers.parent.glob("*.npz") if re.fullmatch(r"\d{8}", path.stem)}
-    pairs = []
-    for number in sorted(numbers - run.known):
-        try:
-            pairs += filter(None, [read_pair(run, number)])
-        except ValueError as error:
-            store.tell(f"{run.folder}: {error}; that pair is not shown")
-    heard = run.status and run.status.accuracy_heldout
-    with store.begin() as conn:
-        for pair in pairs:
-            shares = {"repeat_due": random.random() < args.repeat_frac}
-            shares |= {"overlap_due": random.random() < args.overlap_frac}
-            conn.execute(query.insert().values(run=run.name, time=store.wall(), **pair, **shares))
-        read_answers(run)
-        for row in run.fresh:
-            import_answer(conn, store, run, row)
-        run.fresh.clear()
-        if heard is not None and (before is None or before.accuracy_heldout != heard):
-            conn.execute(accuracy.insert().values(run=run.name, heldout=heard, time=run.status.time))
-    run.known |= {pair["pair"] for pair in pairs}
-
-
-def take_up(conn, store: Store, run: Run) -> None:
-    row = conn.execute(sa.select(run_table).where(run_table.c.name == run.name)).first()
-    if row:
-        run.paused, run.archived = row.paused, row.archived
-    else:
-        conn.execute(run_table.insert().values(name=run.name, paused=False, archived=False, time=store.wall()))
-    run.known = set(conn.scalars(sa.select(query.c.pair).where(query.c.run == run.name)))
-
-
-def import_answer(conn, store: Store, run: Run, row: dict) -> None:
-    """A line of answers.jsonl that the database may not have: of an earlier server, of another one, or by hand."""
-    found = conn.execute(sa.select(query).where(query.c.run == run.name, query.c.pair == row["pair"])).first()
-    if not found or found.answer:
-        return
-    answer = row.get("id") if re.fullmatch("[0-9a-f]{32}", str(row.get("id"))) else uuid.uuid4().hex
-    if conn.scalar(sa.select(event.c.id).where(event.c.id == answer)):
-        return
-    who = str(row.get("who", "unknown"))[:40]
-    seconds, when = (x if isinstance(x, (int, float)) else None for x in (row.get("seconds"), row.get("time")))
-    of_mine = (serving.c.query == found.number, serving.c.labeller == who, serving.c.kind == "new")
-    known = conn.execute(sa.select(serving).where(*of_mine)).first()
-    if known and known.answer:
-        return
-    if not known:
-        values = {"id": uuid.uuid4().hex, "query": found.number, "labeller": who, "kind": "new", "time": when or 0.0}
-        values |= {"swapped": row.get("swapped") is True, "leased_until": store.clock(), "final": False}
-        conn.execute(serving.insert().values(**values))
-    of_serving = known.id if known else values["id"]
-    values = {"id": answer, "kind": "answer", "serving": of_serving, "labeller": who, "answer": SAID[row["mu"]]}
-    values |= {"late": False, "counted": True, "seconds": seconds, "time": when or 0.0, "ripe": store.clock()}
-    conn.execute(event.insert().values(**values))
-    conn.execute(serving.update().where(serving.c.id == of_serving).values(answer=answer, final=True))
-    conn.execute(query.update().where(query.c.number == found.number).values(answer=answer))
-
-
-def release(conn, store: Store, everything: bool = False) -> None:
-    """Write what nobody can undo any more where the trainers read it."""
-    since = sa.select(sa.func.count()).select_from(later_serving).join(later, later.c.id == later_serving.c.answer)
-    since = since.where(later.c.labeller == event.c.labeller, later.c.number > event.c.number).scalar_subquery()
-    ripe = sa.or_(event.c.ripe <= store.clock(), since.correlate(event) >= 2, sa.true() if everything else sa.false())
-    columns = (serving.c.id, event.c.id.label("answer"), query.c.answer.label("trains"), query.c.run)
-    due = sa.select(*columns, query.c.pair, *(event.c[name] for name in ("labeller", "seconds", "time")))
-    due = due.add_columns(event.c.answer.label("said"), serving.c.swapped).order_by(event.c.number)
-    due = due.select_from(joined()).where(~serving.c.final, event.c.id == serving.c.answer)
-    rows = conn.execute(due.where(ripe)).all()
-    for name in sorted({row.run for row in rows}):
-        run = store.runs.get(name)
-        mine = [row for row in rows if row.run == name]
-        lines = [line_of(row) for row in mine if row.trains == row.answer]
-        if lines and run is None:
-            store.tell(f"{store.runs_dir / name} is gone; {len(lines)} answers wait for it")
-            continue
-        if lines:
+    found = {}
+    if run.live:
+        numbers = {int(path.stem) for path in run.answers.parent.glob("*.npz") if re.fullmatch(r"\d{8}", path.stem)}
+        for number in sorted(numbers - run.seen):
             try:
-                write_answers(run, lines)
-            except OSError as error:
-                store.tell(f"answers wait, as {run.answers} can't be written: {error.strerror}")
-                continue
-        conn.execute(serving.update().where(serving.c.id.in_([row.id for row in mine])).values(final=True))
-        if run and not conn.scalar(due.where(query.c.run == name, query.c.answer == event.c.id).limit(1)):
-            empty(run.pending)
+                found[number] = read_pair(run, number)
+            except ValueError as error:
+                store.tell(f"{run.folder}: {error}; that pair is not shown")
+    with store.lock:
+        if not run.settled:
+            settle(run, store.barred)
+        read_answers(run)
+        for number, sums in found.items():
+            if sums:
+                key, shares = (run.name, number), {"repeat": args.repeat_frac, "overlap": args.overlap_frac}
+                pair = store.pairs[key]
+                pair.sums, pair.due = sums, {kind for kind, share in shares.items() if is_due(key, kind, share)}
+                store.shown.append((key, pair))
+            if sums or number in run.lines:
+                run.seen.add(number)
+        take_up_answers(store, run)
+        heard = run.status and run.status.accuracy_heldout
+        if heard is not None and (before is None or before.accuracy_heldout != heard):
+            store.write({"kind": "heldout", "run": run.name, "heldout": heard, "time": store.wall()})
 
 
-def joined():
-    """The journal with its servings and queries."""
-    return sa.join(sa.join(event, serving, serving.c.id == event.c.serving), query, query.c.number == serving.c.query)
+def take_up_answers(store: Store, run: Run) -> None:
+    """Lines of answers.jsonl that the log may not have: it was removed, or somebody else wrote them."""
+    rows = []
+    while run.fresh:
+        line = run.fresh.pop()
+        key, pair = (run.name, line["pair"]), store.pairs[run.name, line["pair"]]
+        made = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{line['pair']}").hex  # the same at every start
+        answer = line["id"] if re.fullmatch("[0-9a-f]{32}", str(line.get("id"))) else made
+        if answer in store.answers:
+            pair.trains = store.answers[answer]
+            continue
+        who, when = str(line.get("who", "unknown"))[:40], line["time"] if is_number(line.get("time")) else 0.0
+        one = next((one for one in pair.of(who) if one.shown == "new" and not one.answer), None)
+        if one is None:
+            values = {"run": key[0], "pair": key[1], "who": who, "shown": "new", "sums": pair.sums, "time": when}
+            values |= {"id": uuid.uuid4().hex, "swapped": line.get("swapped") is True}
+            rows.append({"kind": "serving"} | values)
+        seconds = line["seconds"] if is_number(line.get("seconds")) else None
+        values = {"id": answer, "serving": one.id if one else values["id"], "said": SAID[line["mu"]], "time": when}
+        rows.append({"kind": "answer"} | values | {"late": False, "counted": True, "seconds": seconds})
+    if rows:
+        store.write(*rows)
+    store.pending = [a for a in store.pending if a.serving.run != run.name or a.serving.pair not in run.lines]
 
 
-def line_of(row) -> dict:
+def is_number(x) -> bool:
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def release(store: Store, everything: bool = False) -> None:
+    """Write what nobody can undo any more where the trainers read it."""
+    for run_name in {answer.serving.run for answer in store.pending}:
+        run = store.runs.get(run_name)
+        mine = [answer for answer in store.pending if answer.serving.run == run_name]
+        ripe = [a for a in mine if everything or a.ripe <= store.clock() or is_followed(store, a)]
+        lines = [line_of(answer) for answer in ripe if answer.counted]
+        try:
+            if lines:
+                write_answers(run or find_run(store, run_name), lines)
+            store.pending = [answer for answer in store.pending if answer not in ripe]
+            if run and not any(answer.counted for answer in store.pending if answer.serving.run == run_name):
+                empty(run.pending)
+        except HTTPException:
+            store.tell(f"{store.runs_dir / run_name} is gone; {len(lines)} answers wait for it")
+        except OSError as error:
+            store.tell(f"answers wait, as {run.answers} can't be written: {error.strerror}")
+
+
+def is_followed(store: Store, answer: Answer) -> bool:
+    """The same person gave two more answers."""
+    at = store.pending.index(answer)
+    return sum(later.serving.who == answer.serving.who for later in store.pending[at + 1 :]) >= 2
+
+
+def line_of(answer: Answer) -> dict:
     """An answer as it lies in the run."""
-    line = {"pair": row.pair, "mu": MU[row.said], "who": row.labeller, "seconds": row.seconds, "time": row.time}
-    return line | {"id": row.answer, "swapped": row.swapped}
+    one = answer.serving
+    line = {"pair": one.pair, "mu": MU[answer.said], "who": one.who, "seconds": answer.seconds, "time": answer.time}
+    return line | {"id": answer.id, "swapped": one.swapped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Servings and answers: what a person does
 # ----------------------------------------------------------------------------------------------------------------------
-def is_held(now: float):
-    """Somebody has the query before them: that needs no sweeper to end."""
-    of_query = serving.c.query == query.c.number
-    return sa.exists().where(of_query, serving.c.answer.is_(None), serving.c.leased_until > now).correlate(query)
+def is_due(key: tuple, kind: str, share: float) -> bool:
+    """Whether a pair is one of those that are shown again; the same after every start."""
+    return int.from_bytes(hashlib.sha256(f"{kind} {key}".encode()).digest()[:4]) < share * 2**32
 
 
-def choose(conn, store: Store, labeller: str, name: str | None):
-    """What to show next, and as what: a repetition or second opinion that is due, else the newest open query."""
-    candidates = sa.select(query.c.number).where(query.c.run.in_(store.served(name)), ~is_held(store.clock())).limit(1)
-    mine = sa.exists().where(serving.c.query == query.c.number, serving.c.labeller == labeller).correlate(query)
-    answered = mine.where(serving.c.answer.is_not(None))
-    since = sa.select(sa.func.count()).where(
-        later.c.labeller == event.c.labeller, later.c.kind == "answer", later.c.number > event.c.number
-    )
-    repeats = candidates.join(event, event.c.id == query.c.answer).order_by(query.c.number)
-    repeats = repeats.where(query.c.repeat_due, event.c.labeller == labeller)
-    repeats = repeats.where(since.scalar_subquery().correlate(event) >= REPEAT_GAP)
-    overlaps = candidates.where(query.c.overlap_due, query.c.answer.is_not(None), ~answered)
-    overlaps = overlaps.where(~mine.where(serving.c.kind != "overlap")).order_by(query.c.number.desc())
-    fresh = candidates.where(query.c.answer.is_(None), ~answered).order_by(query.c.number.desc())
-    for kind, statement in {"repeat": repeats, "overlap": overlaps, "new": fresh}.items():
-        chosen = conn.scalar(statement)
-        if chosen:
-            return kind, chosen
-    return None, None
+def choose(store: Store, who: str, name: str | None) -> tuple:
+    """What to show next, and as what: a repetition or second opinion that is due, else the newest open pair."""
+    now, runs, found = store.clock(), {run.name for run in store.served(name)}, {}
+    for key, pair in store.shown:
+        if key[0] not in runs or (pair.trains and not pair.due) or pair.is_held(now):
+            continue
+        mine, given = pair.of(who), {one.shown for one in pair.servings if one.answer}
+        if pair.trains is None:
+            if not any(one.answer for one in mine):
+                found["new"] = key
+        elif pair.trains.serving.who == who:
+            is_old = store.turns[who] - pair.trains.turn > REPEAT_GAP
+            if is_old and "repeat" in pair.due - given - found.keys():
+                found["repeat"] = key
+        elif "overlap" in pair.due - given and all(one.shown == "overlap" for one in mine):
+            found["overlap"] = key
+    return next(((kind, found[kind]) for kind in ("repeat", "overlap", "new") if kind in found), (None, None))
 
 
-def may_look_ahead(conn, store: Store, name: str | None) -> bool:
-    """A pair beyond the one on the screen is for who has enough of them: with few open, others would go without."""
-    now = store.clock()
-    free = sa.select(sa.func.count()).select_from(query).where(query.c.run.in_(store.served(name)))
-    free = conn.scalar(free.where(query.c.answer.is_(None), ~is_held(now)))
-    here = sa.select(sa.func.count(serving.c.labeller.distinct()))
-    return free > 2 * conn.scalar(here.where(serving.c.answer.is_(None), serving.c.leased_until > now))
+def count_open(store: Store, runs: list[Run], free: bool = False) -> int:
+    """Pairs without an answer; only those that nobody has before him, if they are to be free."""
+    names, now = {run.name for run in runs}, store.clock()
+    pairs = [pair for key, pair in store.shown if key[0] in names and not pair.trains]
+    return sum(not (free and pair.is_held(now)) for pair in pairs)
 
 
-def claim(conn, store: Store, body: "ClaimBody", with_sums: bool) -> dict | None:
-    now, labeller = store.clock(), body.labeller
-    held = sa.select(sa.func.count()).where(serving.c.labeller == labeller, serving.c.answer.is_(None))
-    if conn.scalar(held.where(serving.c.leased_until > now)) >= MOST_HELD:
+def count_labels(store: Store, run: Run, who: str | None = None) -> int:
+    """Answers that train. The trainer counts the same, some seconds later."""
+    written = [line for line in run.lines.values() if line["mu"] is not None and not line.get("loaded")]
+    waiting = [line_of(answer) for answer in store.pending if answer.serving.run == run.name and answer.counted]
+    given = written + [line for line in waiting if line["mu"] is not None]
+    return sum(who in (None, line.get("who")) for line in given)
+
+
+def claim(store: Store, body: "ClaimBody") -> Serving | None:
+    now, who = store.clock(), body.labeller
+    store.here[who] = now
+    held = [one for one in store.servings.values() if one.who == who and not one.answer and one.leased > now]
+    # A pair beyond the one on the screen is for who has enough of them: with few open, others would go without
+    here = sum(now - since < LEASE for since in store.here.values())
+    if len(held) >= MOST_HELD or (body.held and count_open(store, store.served(body.run), free=True) <= 2 * here):
         return None
-    kind, chosen = choose(conn, store, labeller, body.run)
-    if not chosen:
+    kind, key = choose(store, who, body.run)
+    if not key:
         return None
-    of_mine = sa.and_(serving.c.query == chosen, serving.c.labeller == labeller)
-    # A pair whose lease ran out comes back as the same serving: a page that still has it shows it once
-    known = conn.scalar(sa.select(serving.c.id).where(of_mine, serving.c.kind == kind))
-    if known:
-        conn.execute(serving.update().where(serving.c.id == known).values(leased_until=now + LEASE))
-        return describe(conn, store, known, with_sums)
-    swapped = random.random() < 0.5
-    if kind == "repeat":
-        swapped = not conn.scalar(sa.select(serving.c.swapped).where(of_mine, serving.c.kind == "new"))
-    taken = body.serving and conn.scalar(sa.select(serving.c.id).where(serving.c.id == body.serving))
-    values = {"id": uuid.uuid4().hex if taken or not body.serving else body.serving, "query": chosen}
-    values |= {"labeller": labeller, "kind": kind, "swapped": swapped, "time": store.wall(), "final": False}
-    conn.execute(serving.insert().values(**values, leased_until=now + LEASE))
-    return describe(conn, store, values["id"], with_sums)
+    pair = store.pairs[key]
+    mine = {one.shown: one for one in pair.of(who)}
+    if kind in mine:  # its lease ran out: a page that still has it shows it once
+        mine[kind].leased = now + LEASE
+        return mine[kind]
+    swapped = not mine["new"].swapped if kind == "repeat" else random.random() < 0.5
+    made = body.serving if body.serving and body.serving not in store.servings else uuid.uuid4().hex
+    row = {"kind": "serving", "id": made, "run": key[0], "pair": key[1], "who": who, "shown": kind}
+    store.write(row | {"swapped": swapped, "sums": pair.sums, "time": store.wall()})
+    return store.servings[made]
 
 
-def describe(conn, store: Store, serving_id: str, with_sums: bool) -> dict:
+def describe(store: Store, one: Serving, with_sums: bool) -> dict:
     """A serving as the page gets it; who may label does not learn the true sums."""
-    row = find_serving(conn, serving_id)
-    run = store.runs[row.run]
-    sums = [row.sum_first, row.sum_second]
-    left, right = (f"api/pictures/{serving_id}/{side}" for side in ("left", "right"))
-    pair = {"serving": serving_id, "left": left, "right": right, "clip": run.clip, "task": run.env_id}
-    pair |= {"run": run.name, "instructions": run.env_id if run.env_id in INSTRUCTIONS else "general"}
-    return pair | ({"pair": row.pair, "sums": sums[::-1] if row.swapped else sums} if with_sums else {})
+    run = store.runs[one.run]
+    left, right = (f"api/clips/{one.run}/{one.pair}/{int(side != one.swapped)}" for side in (False, True))
+    told = {"serving": one.id, "left": left, "right": right, "clip": run.clip, "task": run.env_id, "run": run.name}
+    told["instructions"] = run.env_id if run.env_id in INSTRUCTIONS else "general"
+    sums = one.sums or [None, None]
+    return told | ({"pair": one.pair, "sums": sums[::-1] if one.swapped else sums} if with_sums else {})
 
 
-def find_serving(conn, serving_id: str):
-    columns = (*serving.c, query.c.run, query.c.pair, query.c.sum_first, query.c.sum_second)
-    joined = sa.join(serving, query, serving.c.query == query.c.number)
-    found = sa.select(*columns, query.c.answer.label("standing")).select_from(joined)
-    row = conn.execute(found.where(serving.c.id == serving_id)).first()
-    if not row:
+def find_serving(store: Store, serving_id: str) -> Serving:
+    if serving_id not in store.servings:
         raise HTTPException(404, "this pair is not known here any more")
-    return row
+    return store.servings[serving_id]
 
 
 def find_run(store: Store, name: str) -> Run:
@@ -779,102 +787,81 @@ def find_run(store: Store, name: str) -> Run:
     return run
 
 
-def renew(conn, store: Store, labeller: str, held: list[str]) -> list[str]:
+def renew(store: Store, body: "ClaimBody") -> list[str]:
     """Prolong the leases of the pairs that a page has; those that it must drop."""
-    gone, now, served = [], store.clock(), store.served()
-    for serving_id in held:
-        with suppress(HTTPException):
-            found = find_serving(conn, serving_id)
-            others = sa.select(serving.c.id).where(serving.c.query == found.query, serving.c.id != serving_id)
-            taken = conn.scalar(others.where(serving.c.answer.is_(None), serving.c.leased_until > now).limit(1))
-            open_still = found.kind != "new" or not found.standing
-            if found.labeller == labeller and not found.answer and not taken and open_still and found.run in served:
-                conn.execute(serving.update().where(serving.c.id == serving_id).values(leased_until=now + LEASE))
+    gone, now, runs = [], store.clock(), {run.name for run in store.served()}
+    for name in body.held:
+        one = store.servings.get(name)
+        if one and one.who == body.labeller and not one.answer and one.run in runs:
+            pair = store.pairs[one.run, one.pair]
+            taken = any(other.leased > now and not other.answer for other in pair.servings if other is not one)
+            if not taken and (one.shown != "new" or pair.trains is None):
+                one.leased = now + LEASE
                 continue
-        gone.append(serving_id)
+        gone.append(name)
     return gone
 
 
-def let_go(conn, store: Store, body: "ReleaseBody") -> None:
+def let_go(store: Store, body: "ReleaseBody") -> None:
     """A page was closed. It keeps its pairs for a moment, in case that it is only loaded again."""
-    mine = sa.and_(serving.c.id.in_(body.held), serving.c.labeller == body.labeller, serving.c.answer.is_(None))
-    soon = store.clock() + RELOAD
-    conn.execute(serving.update().where(mine, serving.c.leased_until > soon).values(leased_until=soon))
+    for one in filter(None, map(store.servings.get, body.held)):
+        if one.who == body.labeller:
+            one.leased = min(one.leased, store.clock() + RELOAD)
 
 
-def record_answer(conn, store: Store, body: "AnswerBody") -> dict:
-    known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
+def record_answer(store: Store, body: "AnswerBody") -> Answer:
+    known = store.answers.get(body.id)
     if known:
-        if (known.kind, known.serving, known.labeller) != ("answer", body.serving, body.labeller):
+        if (known.serving.id, known.serving.who) != (body.serving, body.labeller):
             raise HTTPException(409, "this id belongs to another answer")
-        return {"late": known.late, "counted": known.counted}
-    found = find_serving(conn, body.serving)
-    run = find_run(store, found.run)
-    if found.labeller != body.labeller:
+        return known
+    one = find_serving(store, body.serving)
+    run, pair = find_run(store, one.run), store.pairs[one.run, one.pair]
+    if one.who != body.labeller:
         raise HTTPException(409, "this pair was served to somebody else")
-    if found.answer:
+    if one.answer or body.id in store.undone:
         raise HTTPException(409, "this pair has been answered; undo that answer first")
-    barred = conn.scalar(sa.select(person.c.barred).where(person.c.name == body.labeller))
-    sides = {"left": ("first", "second")[found.swapped], "right": ("second", "first")[found.swapped]}
-    late = found.leased_until < store.clock()
-    counted = found.kind == "new" and found.standing is None and found.pair not in run.answered and not barred
-    values = {"id": body.id, "kind": "answer", "serving": body.serving, "labeller": body.labeller, "late": late}
-    values |= {"answer": sides.get(body.answer, body.answer), "counted": counted, "seconds": body.seconds}
-    values |= {"time": store.wall(), "ripe": store.clock() + GRACE}
-    conn.execute(event.insert().values(**values))
-    conn.execute(serving.update().where(serving.c.id == body.serving).values(answer=body.id, final=False))
+    sides = {"left": ("first", "second")[one.swapped], "right": ("second", "first")[one.swapped]}
+    counted = one.shown == "new" and not pair.trains and one.pair not in run.lines and one.who not in store.barred
+    row = {"id": body.id, "said": sides.get(body.answer, body.answer), "seconds": body.seconds, "time": store.wall()}
+    row |= {"late": one.leased < store.clock(), "counted": counted}
     if counted:
-        conn.execute(query.update().where(query.c.number == found.query).values(answer=body.id))
-        line = {"pair": found.pair, "mu": MU[values["answer"]], "who": body.labeller, "seconds": body.seconds}
-        append(run.pending, [line | {"time": values["time"], "id": body.id, "swapped": found.swapped}])
-    elif found.kind != "new":
-        conn.execute(query.update().where(query.c.number == found.query).values({f"{found.kind}_due": False}))
-    release(conn, store)
-    return {"late": late, "counted": counted}
+        append(run.pending, [line_of(Answer(**row, serving=one, turn=0))])
+    store.write({"kind": "answer", "serving": one.id} | row)
+    release(store)
+    return store.answers[body.id]
 
 
-def record_retract(conn, store: Store, answer_id: str, body: "RetractBody", with_sums: bool) -> dict:
-    answer = conn.execute(sa.select(event).where(event.c.id == answer_id, event.c.kind == "answer")).first()
+def record_undo(store: Store, answer_id: str, body: "UndoBody") -> Serving | None:
+    answer = store.answers.get(answer_id)
     if not answer:
         raise HTTPException(404, "no such answer")
-    if answer.labeller != body.labeller:
+    one = answer.serving
+    if one.who != body.labeller:
         raise HTTPException(409, "this answer is somebody else's")
-    known = conn.execute(sa.select(event).where(event.c.id == body.id)).first()
-    if known and known.retracts != answer_id:
+    if body.id in store.answers or store.undone.get(body.id, answer) is not answer:
         raise HTTPException(409, "this id belongs to another event")
-    found = find_serving(conn, answer.serving)
-    run = find_run(store, found.run)
-    if found.answer != answer_id:
-        return {"pair": None if found.answer else describe(conn, store, found.id, with_sums)}
-    if found.final or (answer.counted and found.pair in run.answered):
+    if one.answer is not answer:
+        return None if one.answer else one
+    if answer not in store.pending:
         raise HTTPException(409, "the agent has learned from this answer already")
-    values = {"id": body.id, "kind": "retract", "serving": answer.serving, "labeller": body.labeller}
-    values |= {"answer": answer.answer, "retracts": answer_id, "late": False, "counted": answer.counted}
-    conn.execute(event.insert().values(**values, time=store.wall(), ripe=store.clock()))
-    leased = {"answer": None, "leased_until": store.clock() + LEASE}
-    conn.execute(serving.update().where(serving.c.id == found.id).values(**leased))
-    if found.standing == answer_id:
-        conn.execute(query.update().where(query.c.number == found.query).values(answer=None))
-        append(run.pending, [{"retracts": answer_id}])
-    elif found.kind != "new":
-        conn.execute(query.update().where(query.c.number == found.query).values({f"{found.kind}_due": True}))
-    return {"pair": describe(conn, store, found.id, with_sums)}
+    if answer.counted:
+        append(find_run(store, one.run).pending, [{"undone": answer_id}])
+    store.write({"kind": "undo", "id": body.id, "answer": answer_id, "time": store.wall()})
+    return one
+
+
+def bar(store: Store, who: str, barred: bool) -> None:
+    """What a barred person said and the trainer does not have yet, and says from now on, trains nothing."""
+    dropped = [a for a in store.pending if barred and a.counted and a.serving.who == who]
+    for answer in dropped:
+        append(find_run(store, answer.serving.run).pending, [{"undone": answer.id}])
+    store.write({"kind": "person", "who": who, "barred": barred, "dropped": [answer.id for answer in dropped]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Progress: what the page tells people
 # ----------------------------------------------------------------------------------------------------------------------
-def count_open(conn, name: str) -> int:
-    return conn.scalar(sa.select(sa.func.count()).where(query.c.run == name, query.c.answer.is_(None)))
-
-
-def count_labels(conn, name: str, labeller: str | None = None) -> int:
-    """Answers that train. The trainer counts the same, some seconds later."""
-    training = sa.select(sa.func.count()).select_from(sa.join(query, event, event.c.id == query.c.answer))
-    training = training.where(query.c.run == name, event.c.answer != "cant-tell")
-    return conn.scalar(training.where(event.c.labeller == labeller) if labeller else training)
-
-
 def about(seconds: float) -> str:
     if seconds < 8:
         return "in a few seconds"
@@ -885,63 +872,57 @@ def about(seconds: float) -> str:
     return f"in about {seconds / 3600:.0f} hours"
 
 
-def next_pairs(store: Store, run: Run) -> str:
-    if run.expected == math.inf:
-        return "This page goes on by itself."
-    return f"The next clips come {about(run.expected - store.clock())}."
-
-
-def notice(conn, store: Store, labeller: str, name: str | None) -> str:
+def notice(store: Store, who: str, name: str | None) -> str:
     """Why there is nothing to compare, and for how long."""
-    runs = [run for run in store.runs.values() if not run.archived and name in (None, run.name)]
+    runs = [run for run in store.runs.values() if name in (None, run.name) and not store.has(run, "archived")]
+    live, served = [run for run in runs if run.live], store.served(name)
     if not runs:
         return "No clips yet. They appear here as soon as a trainer starts."
-    live = [run for run in runs if run.live]
     if not live:
         last = max(runs, key=lambda run: run.status.time if run.status else 0)
         if not last.finished:
             return "The training program is not running at the moment. This page goes on by itself when it is."
-        used, mine = count_labels(conn, last.name), count_labels(conn, last.name, labeller)
+        used, mine = count_labels(store, last), count_labels(store, last, who)
         return f"The run is over: {used} of {last.labels} labels were used, {mine} of them yours. Thank you!"
-    served = [run for run in live if not run.paused]
     if not served:
         return "The study is paused. This page goes on by itself when it does."
-    count = sum(count_open(conn, run.name) for run in served)
     soonest = min(served, key=lambda run: run.expected)
+    then = "This page goes on by itself."
+    if soonest.expected < math.inf:
+        then = f"The next clips come {about(soonest.expected - store.clock())}."
+    count = count_open(store, served)
     if count:
         whose = "The only open pair is" if count == 1 else f"All {count} open pairs are"
-        return f"{whose} with others at the moment. {next_pairs(store, soonest)}"
+        return f"{whose} with others at the moment. {then}"
     phase = soonest.status.phase if soonest.status else "initial"
     if phase == "pretraining":
         done = f", {soonest.status.progress:.0%} done" if soonest.status.progress is not None else ""
-        return f"The agent studies all answers so far{done}. {next_pairs(store, soonest)}"
+        return f"The agent studies all answers so far{done}. {then}"
     if phase == "initial":
-        return f"The agent makes its first moves. {next_pairs(store, soonest)}"
+        return f"The agent makes its first moves. {then}"
     if phase == "waiting":
         return "All open pairs are answered. The agent goes on with them in a few seconds."
-    return f"No clips to compare right now: the agent is training. {next_pairs(store, soonest)}"
+    return f"No clips to compare right now: the agent is training. {then}"
 
 
-def progress(conn, store: Store, labeller: str, name: str | None) -> dict:
+def progress(store: Store, who: str, name: str | None) -> dict:
     runs = []
     for run in store.runs.values():
-        if run.archived or not (run.live or run.finished):
-            continue
-        entry = {"run": run.name, "task": run.env_id, "labels": run.labels, "finished": run.finished}
-        entry |= {"labels_used": count_labels(conn, run.name), "open": count_open(conn, run.name)}
-        runs.append(entry | {"labels_due": run.status.labels_due if run.status else 0})
+        if (run.live or run.finished) and not store.has(run, "archived"):
+            entry = {"run": run.name, "task": run.env_id, "labels": run.labels, "finished": run.finished}
+            entry |= {"labels_used": count_labels(store, run), "open": count_open(store, [run])}
+            runs.append(entry | {"labels_due": run.status.labels_due if run.status else 0})
     now = store.wall()
-    mine = sa.select(sa.func.count()).select_from(sa.join(serving, event, serving.c.answer == event.c.id))
-    mine = mine.where(serving.c.labeller == labeller)
     midnight = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
-    recent = sa.select(event.c.time).where(event.c.labeller == labeller, event.c.kind == "answer")
-    recent = conn.scalars(recent.where(event.c.time > now - 300).order_by(event.c.time)).all()
+    mine = [answer.time for answer in store.answers.values() if answer.serving.who == who]
+    recent = [time for time in mine if time > now - 300]
     minutes = (now - recent[0]) / 60 if recent else 0
+    standing = [one for one in store.servings.values() if one.who == who and one.answer]
     return {
         "runs": runs,
-        "notice": notice(conn, store, labeller, name),
-        "answered": conn.scalar(mine),
-        "today": conn.scalar(mine.where(event.c.time >= midnight)),
+        "notice": notice(store, who, name),
+        "answered": len(standing),
+        "today": sum(one.answer.time >= midnight for one in standing),
         "per_minute": (len(recent) - 1) / minutes if len(recent) > 1 and minutes > 0 else 0.0,
     }
 
@@ -972,23 +953,31 @@ def share(k: int, n: int) -> dict:
     return {"k": k, "n": n, "share": k / n if n else None, "interval": binomial_interval(k, n)}
 
 
-def summarise(answers: list, repeats: list[tuple[str, str]], opinions: list[tuple[str, str]]) -> dict:
+def judged(answer: Answer) -> bool | None:
+    """Whether it is what the true sums say; None where they say nothing, or the answer doesn't."""
+    first, second = answer.serving.sums or (None, None)
+    if answer.said not in ("first", "second") or None in (first, second) or first == second:
+        return None
+    return (answer.said == "first") == (first > second)
+
+
+def summarise(answers: list[Answer], repeats: list[tuple], opinions: list[tuple]) -> dict:
     """Of one person, one run, or all: habits, consistency, agreement with others and with the true sums."""
-    n, decisive = len(answers), [a for a in answers if a.answer in ("first", "second")]
-    gaps = [b.time - a.time for a, b in pairwise(answers) if b.time - a.time < 60]  # longer ones are breaks
-    judged = [a for a in decisive if None not in (a.sum_first, a.sum_second) and a.sum_first != a.sum_second]
+    n, decisive = len(answers), [a for a in answers if a.said in ("first", "second")]
+    gaps = [b.time - a.time for a, b in pairwise(answers) if 0 <= b.time - a.time < 60]  # longer ones are breaks
+    right = [judged(a) for a in answers if judged(a) is not None]
     seconds = [a.seconds for a in answers if a.seconds is not None]
     return {
         "answers": n,
         "per_minute": 60 * len(gaps) / sum(gaps) if sum(gaps) else None,
         "seconds": median(seconds) if seconds else None,
-        "equal": share(sum(a.answer == "equal" for a in answers), n),
-        "cant_tell": share(sum(a.answer == "cant-tell" for a in answers), n),
-        "left": share(sum((a.answer == "second") == a.swapped for a in decisive), len(decisive)),
-        "consistent": share(sum(a == b for a, b in repeats), len(repeats)),
-        "agree": share(sum(a == b for a, b in opinions), len(opinions)),
-        "kappa": cohen_kappa(opinions),
-        "true": share(sum((a.answer == "first") == (a.sum_first > a.sum_second) for a in judged), len(judged)),
+        "equal": share(sum(a.said == "equal" for a in answers), n),
+        "cant_tell": share(sum(a.said == "cant-tell" for a in answers), n),
+        "left": share(sum((a.said == "second") == a.serving.swapped for a in decisive), len(decisive)),
+        "consistent": share(sum(a.said == b.said for a, b in repeats), len(repeats)),
+        "agree": share(sum(a.said == b.said for a, b in opinions), len(opinions)),
+        "kappa": cohen_kappa([(a.said, b.said) for a, b in opinions]) if len(opinions) >= 20 else None,
+        "true": share(sum(right), len(right)),
     }
 
 
@@ -998,61 +987,96 @@ def thin(points: list) -> list:
     return points[::-1][::step][::-1]
 
 
-def read_journal(conn, store: Store) -> tuple[list, list, list]:
-    columns = (event.c.time, event.c.labeller, event.c.answer, event.c.counted, event.c.late, event.c.seconds)
-    columns += (serving.c.kind, serving.c.swapped, serving.c.query, query.c.run, query.c.sum_first, query.c.sum_second)
-    standing = sa.select(*columns).select_from(joined()).where(serving.c.answer == event.c.id)
-    answers = conn.execute(standing.order_by(event.c.number)).all()
-    runs = [{"run": run, "open": count_open(conn, run.name)} for run in store.runs.values()]
-    return answers, runs, conn.execute(sa.select(accuracy).order_by(accuracy.c.number)).all()
+def warn(store: Store, stats: dict, answers: list[Answer]) -> list[str]:
+    """What whoever runs a study should look at in a person's answers."""
+    lengths = [store.runs[run].clip for run in {a.serving.run for a in answers} if run in store.runs]
+    shortest = min((clip["frames"] / clip["fps"] for clip in lengths), default=0)
+    warnings = ["faster than a clip"] if len(answers) >= 10 and stats["seconds"] < shortest else []
+    for name in ("true", "consistent", "agree"):
+        found = stats[name]
+        if found["n"] >= 20 and found["interval"][0] <= 0.5:
+            warnings.append(f"{name}: near chance")
+    return warnings
 
 
-def statistics(answers: list, runs: list[dict], history: list) -> dict:
-    first_said, others_said = {}, {}  # by query and person; by query
-    repeats, opinions = [], []  # (run, people, answers)
-    for a in answers:
-        if a.kind == "repeat":
-            before = first_said.get((a.query, a.labeller))
-            repeats += [(a.run, [a.labeller], (before, a.answer))] if before else []
-            continue
-        first_said[a.query, a.labeller] = a.answer
-        for labeller, answer in others_said.setdefault(a.query, []):
-            if "cant-tell" not in (answer, a.answer):
-                opinions.append((a.run, [labeller, a.labeller], (answer, a.answer)))
-        others_said[a.query].append((a.labeller, a.answer))
+def statistics(store: Store) -> dict:
+    answers = [a for a in store.answers.values() if a.serving.answer is a]
+    repeats, opinions = [], []
+    for pair in store.pairs.values():
+        given = sorted((one.answer for one in pair.servings if one.answer), key=lambda answer: answer.time)
+        for i, b in enumerate(given):
+            for a in given[:i]:
+                if a.serving.who == b.serving.who:
+                    repeats.append((a, b))
+                elif "cant-tell" not in (a.said, b.said):
+                    opinions.append((a, b))
 
-    def of_labeller(name):
-        turned = [pair[::-1] if people[1] == name else pair for _, people, pair in opinions if name in people]
-        mine = [a for a in answers if a.labeller == name]
-        return {"labeller": name} | summarise(mine, [p for _, who, p in repeats if name in who], turned)
+    def of_labeller(who):
+        mine = [a for a in answers if a.serving.who == who]
+        turned = [pair if pair[0].serving.who == who else pair[::-1] for pair in opinions]
+        stats = summarise(
+            mine,
+            [pair for pair in repeats if pair[0].serving.who == who],
+            [pair for pair in turned if pair[0].serving.who == who],
+        )
+        here = store.clock() - store.here.get(who, -math.inf) < LEASE
+        marks = {"labeller": who, "here": here, "barred": who in store.barred, "trained": sum(a.counted for a in mine)}
+        return marks | stats | {"warnings": warn(store, stats, mine)}
 
-    def of_run(row):
-        run, status = row["run"], row["run"].status
-        mine = [a for a in answers if a.run == run.name]
-        labels = [a.time for a in mine if a.counted and a.answer != "cant-tell"]
-        rates = [[pair for of, _, pair in source if of == run.name] for source in (repeats, opinions)]
+    def of_run(run):
+        mine = [a for a in answers if a.serving.run == run.name]
+        labels = [a.time for a in mine if a.counted and a.said != "cant-tell"]
+        rates = [[pair for pair in pairs if pair[0].serving.run == run.name] for pairs in (repeats, opinions)]
+        heard = [[row["time"], row["heldout"]] for row in store.heldout if row["run"] == run.name]
         return {
-            **{name: getattr(run, name) for name in ("name", "env_id", "script", "labels", "live", "finished")},
-            "open": row["open"],
-            "status": status.model_dump() if status else None,
+            **{name: getattr(run, name) for name in ("name", "env_id", "script", "labels", "live", "finished", "clip")},
+            **{name: store.has(run, name) for name in ("paused", "archived")},
+            "open": count_open(store, [run]),
+            "status": run.status.model_dump() if run.status else None,
             "counted": len(labels),
             "late": sum(a.late for a in mine),
             "labels_over_time": thin([[t, i + 1] for i, t in enumerate(labels)]),
-            "accuracy_over_time": thin([[h.time, h.heldout] for h in history if h.run == run.name]),
+            "accuracy_over_time": thin(heard),
         } | summarise(mine, *rates)
 
-    people = sorted({a.labeller for a in answers})
-    everything = summarise(answers, [p for *_, p in repeats], [p for *_, p in opinions])
-    return {"all": everything, "labellers": [of_labeller(p) for p in people], "runs": [of_run(row) for row in runs]}
+    doubts = [("says otherwise the second time", [a, b]) for a, b in repeats if a.said != b.said]
+    doubts += [("two people disagree", [a, b]) for a, b in opinions if a.said != b.said]
+    doubts += [("against the true sums", [a]) for a in answers if judged(a) is False]
+    doubts.sort(key=lambda doubt: -doubt[1][-1].time)
+    people = sorted({a.serving.who for a in answers})
+    return {
+        "all": summarise(answers, repeats, opinions),
+        "labellers": [of_labeller(who) for who in people],
+        "runs": [of_run(run) for run in store.runs.values()],
+        "doubts": [
+            {"why": why, "run": a[0].serving.run, "pair": a[0].serving.pair, "sums": a[0].serving.sums}
+            | {"said": [[b.serving.who, b.said] for b in a]}
+            for why, a in doubts[:60]
+            if a[0].serving.run in store.runs
+        ],
+    }
 
 
-def export(conn) -> list[dict]:
-    columns = (*(c for c in event.c if c.name != "ripe"), serving.c.kind.label("serving_kind"), serving.c.swapped)
-    columns += (query.c.run, query.c.pair, query.c.sum_first, query.c.sum_second)
-    rows = conn.execute(sa.select(*columns).select_from(joined()).order_by(event.c.number)).mappings()
-    return [dict(row) for row in rows]
+def export(store: Store) -> list[dict]:
+    """The journal: a row for every answer, and one for every undoing of an answer."""
+    with store.engine.begin() as conn:
+        rows = conn.scalars(sa.select(log.c.row).order_by(log.c.number)).all()
+    found = []
+    for row in rows:
+        if row["kind"] not in ("answer", "undo"):
+            continue
+        answer = store.answers[row["answer" if row["kind"] == "undo" else "id"]]
+        one, about_it = answer.serving, {"kind": row["kind"], "id": row["id"], "answer": answer.said}
+        about_it["mu"] = MU[answer.said]
+        about_it |= {"undone": row.get("answer"), "stands": row["kind"] == "answer" and one.answer is answer}
+        about_it |= {"labeller": one.who, "run": one.run, "pair": one.pair, "shown": one.shown, "swapped": one.swapped}
+        about_it |= {name: getattr(answer, name) for name in ("counted", "late", "seconds")}
+        about_it |= {"barred": one.who in store.barred, "time": row["time"], "serving": one.id}
+        found.append(about_it | dict(zip(("sum_first", "sum_second"), one.sums or (None, None), strict=True)))
+    return found
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Requests: who may send what
 # ----------------------------------------------------------------------------------------------------------------------
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -1085,9 +1109,18 @@ class AnswerBody(BaseModel):
     seconds: Annotated[float, Field(ge=0, le=1e6)]
 
 
-class RetractBody(BaseModel):
+class UndoBody(BaseModel):
     id: Id
     labeller: Name
+
+
+class PersonBody(BaseModel):
+    barred: bool
+
+
+class SettingBody(BaseModel):
+    paused: bool
+    archived: bool
 
 
 ROLES = ("labeller", "admin")
@@ -1214,8 +1247,8 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         yield
         stopping.set()
         watcher.join()
-        with store.begin() as conn:
-            release(conn, store, everything=True)
+        with store.lock:
+            release(store, everything=True)
 
     app = FastAPI(title="label_server", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, role_of=role_of, cookie=cookie, hosts=hosts)
@@ -1260,25 +1293,21 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     # Labeller
     @app.post("/api/claim", dependencies=[needs("labeller")])
     def claim_(request: Request, body: ClaimBody):
-        with store.begin() as conn:
-            gone, pair = renew(conn, store, body.labeller, body.held), None
-            if body.want and (not body.held or may_look_ahead(conn, store, body.run)):
-                pair = claim(conn, store, body, is_robot(request))
-            told = "" if pair else notice(conn, store, body.labeller, body.run)
+        with store.lock:
+            gone, one = renew(store, body), claim(store, body) if body.want else None
+            pair = describe(store, one, is_robot(request)) if one else None
+            told = "" if pair else notice(store, body.labeller, body.run)
         return {"pair": pair, "gone": gone, "notice": told, "edition": edition}
 
     @app.post("/api/release", dependencies=[needs("labeller")], status_code=204)
     def release_(body: ReleaseBody):
-        with store.begin() as conn:
-            let_go(conn, store, body)
+        with store.lock:
+            let_go(store, body)
 
-    @app.get("/api/pictures/{serving_id}/{side}", dependencies=[needs("labeller")])
-    def read_picture_(serving_id: Annotated[Id, UrlPath()], side: Literal["left", "right"]):
-        with store.begin() as conn:
-            found = find_serving(conn, serving_id)
-        path = picture_path(find_run(store, found.run), found.pair, int((side == "right") != found.swapped))
+    @app.get("/api/clips/{run}/{pair}/{clip}", dependencies=[needs("labeller")])
+    def read_clip_(run: Line, pair: Annotated[int, UrlPath(ge=0, lt=10**8)], clip: Annotated[int, UrlPath(ge=0, le=1)]):
         try:
-            data = path.read_bytes()
+            data = picture_path(find_run(store, run), pair, clip).read_bytes()
         except FileNotFoundError:
             raise HTTPException(410, "this pair is gone: its picture was removed") from None
         return Response(data, 200, {"cache-control": "private, max-age=31536000, immutable"}, "image/webp")
@@ -1289,36 +1318,62 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
 
     @app.post("/api/answers", dependencies=[needs("labeller")])
     def record_answer_(body: AnswerBody):
-        with store.begin() as conn:
-            return record_answer(conn, store, body)
+        with store.lock:
+            answer = record_answer(store, body)
+        return {"late": answer.late, "counted": answer.counted}
 
-    @app.post("/api/answers/{answer_id}/retract", dependencies=[needs("labeller")])
-    def record_retract_(request: Request, answer_id: Annotated[Id, UrlPath()], body: RetractBody):
-        with store.begin() as conn:
-            return record_retract(conn, store, answer_id, body, is_robot(request))
+    @app.post("/api/answers/{answer_id}/undo", dependencies=[needs("labeller")])
+    def record_undo_(request: Request, answer_id: Annotated[Id, UrlPath()], body: UndoBody):
+        with store.lock:
+            one = record_undo(store, answer_id, body)
+            return {"pair": describe(store, one, is_robot(request)) if one else None}
 
     @app.get("/api/progress", dependencies=[needs("labeller")])
     def progress_(labeller: Annotated[Name, Query()], run: Annotated[Line | None, Query()] = None):
-        with store.begin() as conn:
-            return progress(conn, store, labeller, run)
+        with store.lock:
+            return progress(store, labeller, run)
 
     # Admin
     @app.get("/api/stats", dependencies=[needs("admin")])
     def statistics_():
-        with store.begin() as conn:
-            journal = read_journal(conn, store)
-        return statistics(*journal)
+        with store.lock:
+            return statistics(store)
+
+    @app.post("/api/people/{who}", dependencies=[needs("admin")], status_code=204)
+    def bar_(who: Annotated[Name, UrlPath()], body: PersonBody):
+        with store.lock:
+            bar(store, who, body.barred)
+
+    @app.post("/api/runs/{run}", dependencies=[needs("admin")], status_code=204)
+    def set_run_(run: Line, body: SettingBody):
+        with store.lock:
+            store.write({"kind": "run", "run": find_run(store, run).name} | body.model_dump())
 
     @app.get("/export.jsonl", dependencies=[needs("admin")])
-    def export_():
-        with store.begin() as conn:
-            events = export(conn)
+    def export_jsonl():
+        """The journal."""
+        with store.lock:
+            rows = export(store)
         headers = {"content-disposition": 'attachment; filename="labels.jsonl"'}
-        return StreamingResponse((json.dumps(e) + "\n" for e in events), 200, headers, "application/jsonl")
+        return StreamingResponse((json.dumps(row) + "\n" for row in rows), 200, headers, "application/jsonl")
+
+    @app.get("/export.csv", dependencies=[needs("admin")])
+    def export_csv():
+        """The answers that stand."""
+        with store.lock:
+            rows = [row for row in export(store) if row["stands"]]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0] if rows else ["answer"])
+        writer.writeheader()
+        for row in rows:  # a spreadsheet would take such a name for a formula
+            writer.writerow(row | {"labeller": re.sub(r"^(?=[=+@-])", "'", row["labeller"])})
+        headers = {"content-disposition": 'attachment; filename="labels.csv"'}
+        return Response(text.getvalue(), 200, headers, "text/csv; charset=utf-8")
 
     return app
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # The pages
 # ----------------------------------------------------------------------------------------------------------------------
 STYLE = r"""
@@ -1774,7 +1829,7 @@ function undo() {
   if (lessons.length || !undoable.length) return say("nothing to undo");
   const entry = undoable.pop();
   if (performance.now() - entry.at > UNDO_TIME) return say("the agent has learned from that answer already");
-  send(`api/answers/${entry.id}/retract`, {id: newId(), labeller});
+  send(`api/answers/${entry.id}/undo`, {id: newId(), labeller});
   held.unshift(entry.pair);
   present();
   say("undone");

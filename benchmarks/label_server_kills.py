@@ -62,7 +62,7 @@ class Server:
 
     def insist(self, *request):
         """As the page does: the same request again until the server has acknowledged or refused it; None if refused."""
-        while True:
+        for _ in range(1500):
             try:
                 return json.loads(self.call(*request))
             except urllib.error.HTTPError as error:
@@ -73,6 +73,7 @@ class Server:
             except (OSError, ValueError, http.client.HTTPException):  # gone before, after or in the middle of the reply
                 pass
             time.sleep(0.02)
+        raise TimeoutError(f"no answer from {self.url}")
 
 
 def train(run: Path, pictures: list[bytes] = [PIXEL], clip: dict = CLIP, ahead: int = 50) -> None:  # noqa: B006
@@ -136,7 +137,7 @@ def storm(server: Server, kills: int, rng: random.Random, pause: tuple[float, fl
             standing[body["id"]] = pair["left"]
             if rng.random() < 0.2:
                 undo = {"id": uuid.uuid4().hex, "labeller": name}
-                if server.insist("POST", f"/api/answers/{body['id']}/retract", undo):
+                if server.insist("POST", f"/api/answers/{body['id']}/undo", undo):
                     undone.add(body["id"])
 
     threads = [threading.Thread(target=label, args=(f"writer {i}", random.Random(i))) for i in range(4)]

@@ -132,9 +132,9 @@ class World:
         body = {"id": id or new_id(), "serving": pair["serving"], "labeller": labeller, "answer": answer}
         return self.call("POST", "/api/answers", body | {"seconds": seconds}, "labeller", expect) | {"id": body["id"]}
 
-    def retract(self, answer, labeller="Ann", id=None, expect=200):
+    def undo(self, answer, labeller="Ann", id=None, expect=200):
         body = {"id": id or new_id(), "labeller": labeller}
-        return self.call("POST", f"/api/answers/{answer}/retract", body, "labeller", expect)
+        return self.call("POST", f"/api/answers/{answer}/undo", body, "labeller", expect)
 
     def progress(self, labeller="Ann"):
         return self.call("GET", f"/api/progress?labeller={labeller}")

@@ -78,7 +78,7 @@ class Robot(threading.Thread):
             if before and self.random.random() < self.undo:
                 body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
                 try:
-                    again = json.loads(self.call("POST", f"/api/answers/{before}/retract", body))["pair"]
+                    again = json.loads(self.call("POST", f"/api/answers/{before}/undo", body))["pair"]
                 except RuntimeError:  # the agent has learned from it
                     again = None
                 last = self.answer(again) if again else last

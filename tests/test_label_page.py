@@ -185,8 +185,8 @@ def test_undo_shows_the_pair_again_and_the_new_answer_counts(world, visit):
     assert one.do(lambda: one.page.click("#right")) == second
     one.sent()
     journal = world.journal()
-    assert [event["kind"] for event in journal] == ["answer", "answer", "retract", "retract", "answer", "answer"]
-    assert [event["retracts"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
+    assert [event["kind"] for event in journal] == ["answer", "answer", "undo", "undo", "answer", "answer"]
+    assert [event["undone"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
     world.look(label_server.GRACE + 1)
     assert run.answers() == {event["pair"]: label_server.MU[event["answer"]] for event in journal[4:]}
 
@@ -592,7 +592,7 @@ def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, t
         one.sent()
         journal = [json.loads(line) for line in server.call("GET", "/export.jsonl", role="admin").splitlines()]
         assert [event["serving"] for event in journal[:5]] == servings
-        assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "retract", "answer", "answer"]
+        assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "undo", "answer", "answer"]
         assert [said(journal[i]) for i in (0, 1, 2, 4, 5)] == ["left", "equal", "equal", "right", "left"]
     finally:
         if one:

@@ -905,6 +905,20 @@ def notice(store: Store, who: str, name: str | None) -> str:
     return f"No clips to compare right now: the agent is training. {then}"
 
 
+def show_end(store: Store, name: str | None) -> dict | None:
+    """Once a run is over: a clip of the agent at its start, and the better one of the last pair."""
+    runs = [run for run in store.runs.values() if name in (None, run.name) and not store.has(run, "archived")]
+    last = max(runs, key=lambda run: run.status.time if run.status else 0, default=None)
+    if last is None or any(run.live for run in runs) or not last.finished:
+        return None
+    shown = [number for number in sorted(last.lines) if picture_path(last, number, 0).exists()]
+    if not shown:
+        return None
+    after = f"{shown[-1]}/{int(last.lines[shown[-1]]['mu'] == 0)}"
+    clips = f"api/clips/{last.name}/"
+    return {"clip": last.clip, "before": f"{clips}{shown[0]}/0", "after": clips + after}
+
+
 def progress(store: Store, who: str, name: str | None) -> dict:
     runs = []
     for run in store.runs.values():
@@ -921,6 +935,7 @@ def progress(store: Store, who: str, name: str | None) -> dict:
     return {
         "runs": runs,
         "notice": notice(store, who, name),
+        "end": show_end(store, name),
         "answered": len(standing),
         "today": sum(one.answer.time >= midnight for one in standing),
         "per_minute": (len(recent) - 1) / minutes if len(recent) > 1 and minutes > 0 else 0.0,
@@ -1275,7 +1290,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         nonce = secrets.token_urlsafe(16)
         only = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         only += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        html = PAGE.replace("NONCE", nonce).format(style=STYLE, body=body, script=script)
+        html = PAGE.replace("NONCE", nonce).format(style=STYLE, body=body, script=SHARED_SCRIPT + script)
         reply = HTMLResponse(html, 200 if role in roles else 403 if role else 401, {"content-security-policy": only})
         if token and role:
             secure = request.url.scheme == "https"
@@ -1377,18 +1392,18 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
 # The pages
 # ----------------------------------------------------------------------------------------------------------------------
 STYLE = r"""
-:root { color-scheme: dark; --ground: #0f1115; --panel: #171a21; --line: #2a303b; --text: #dde1e8; --soft: #8b93a3;
-  --accent: #8ab4f8; }
+:root { color-scheme: light dark; --ground: light-dark(#f4f5f7, #0f1115); --panel: light-dark(#fff, #171a21);
+  --line: light-dark(#d3d8e0, #2a303b); --text: light-dark(#1a1f28, #dde1e8); --soft: light-dark(#5b6474, #99a1b0);
+  --accent: light-dark(#1a5fd0, #8ab4f8); }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 button, input { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 8px 14px; white-space: nowrap; }
-button { cursor: pointer; touch-action: manipulation; }
-button:hover { border-color: var(--soft); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+button { cursor: pointer; touch-action: manipulation; -webkit-tap-highlight-color: transparent; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 kbd { font: inherit; font-size: .85em; color: var(--soft); border: 1px solid var(--line); border-radius: 5px;
-  padding: 1px 6px; background: #1f242d; }
-progress { width: 120px; height: 5px; appearance: none; border: 0; border-radius: 3px; background: var(--line); }
+  padding: 1px 6px; background: var(--ground); }
+progress { width: 120px; height: 6px; appearance: none; border: 0; border-radius: 3px; background: var(--line); }
 progress::-webkit-progress-bar { background: var(--line); border-radius: 3px; }
 progress::-webkit-progress-value { background: var(--accent); border-radius: 3px; }
 progress::-moz-progress-bar { background: var(--accent); border-radius: 3px; }
@@ -1398,68 +1413,73 @@ progress::-moz-progress-bar { background: var(--accent); border-radius: 3px; }
 header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 18px; color: var(--soft); }
 #question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
 #budget { display: flex; align-items: center; gap: 10px; }
-header button { padding: 2px 10px; color: var(--soft); }
+header button { padding: 2px 10px; color: var(--soft); max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
 :is(#own, #unsent):empty { display: none; }
 .label main { position: relative; display: grid; grid-template-columns: 1fr 1fr; gap: 20px; min-height: 0; }
 .clip { display: grid; grid-template-rows: 1fr auto; gap: 10px; padding: 14px 14px 10px; border-radius: 16px;
-  min-width: 0; min-height: 0; outline: 3px solid transparent; color: var(--soft); }
-.clip:hover { border-color: var(--accent); color: var(--text); }
+  min-width: 0; min-height: 0; color: var(--soft); }
+/* Not before the mouse has moved: a mark on the side that was chosen last would speak for the same side again */
+@media (hover: hover) { body:not(.fresh) button:hover { border-color: var(--accent); } }
 .screen { container-type: size; display: grid; place-items: center; min-height: 0; }
 canvas { width: min(100cqw, 100cqh * var(--aspect)); aspect-ratio: var(--aspect); border-radius: 6px;
   background: #000; }
-.pixelated canvas { image-rendering: pixelated; }
+.pixelated { image-rendering: pixelated; }
 #notice { position: absolute; inset: 0; display: none; place-content: center; justify-items: center; gap: 18px;
-  text-align: center; font-size: 1.15em; color: var(--soft); }
+  text-align: center; font-size: 1.15em; color: var(--soft); overflow: auto; }
 #notice i { width: 12px; height: 12px; border-radius: 50%; background: var(--accent); }
 @media (prefers-reduced-motion: no-preference) { #notice i { animation: breathe 2.4s ease-in-out infinite; } }
 @keyframes breathe { 50% { opacity: .15; transform: scale(.7); } }
-body:not([data-state=label], [data-state=practice]) :is(.clip, #seek, footer) { visibility: hidden; }
-body:not([data-state=label], [data-state=practice]) #notice { display: grid; }
-body:not([data-state=practice]) #skip, [data-state=practice] #budget { display: none; }
+.films { display: flex; flex-wrap: wrap; gap: 14px; justify-content: center; margin: 12px 0; }
+.films:empty { display: none; }
+.films figure { margin: 0; text-align: center; color: var(--soft); font-size: .9rem; }
+.films canvas { width: auto; height: 150px; display: block; margin: 0 auto 4px; }
+body:not([data-state=label]) :is(.clip, #seek, footer) { visibility: hidden; }
+body:not([data-state=label]) #notice { display: grid; }
 #seek { height: 3px; background: var(--line); border-radius: 2px; overflow: hidden; }
 #seek i { display: block; height: 100%; background: var(--accent); transform: scaleX(0); transform-origin: left; }
-footer { display: grid; grid-template-columns: 1fr auto minmax(max-content, 1fr); }
-footer > div { display: flex; gap: 8px; align-items: center; }
+footer { display: grid; grid-template-columns: minmax(0, 1fr) auto minmax(max-content, 1fr); }
+footer > div { display: flex; gap: 8px; align-items: center; min-width: 0; }
 footer > div:last-child { justify-content: flex-end; }
 footer > :not(.choices) button { padding: 5px 10px; font-size: .9em; color: var(--soft); }
-.choices button { min-width: clamp(120px, 13vw, 170px); padding: 11px 16px; }
-#said { min-width: 8em; opacity: 0; color: var(--accent); }
+.choices button { min-width: clamp(90px, 13vw, 170px); padding: 11px 16px; }
+#said { opacity: 0; color: var(--accent); overflow: hidden; text-overflow: ellipsis; line-height: 1.2; }
 dialog { background: var(--panel); color: var(--text); border: 1px solid var(--line); border-radius: 16px;
   padding: 26px 30px; width: min(620px, calc(100vw - 24px)); max-height: calc(100dvh - 24px); overflow: auto; }
 dialog::backdrop { background: #0009; }
 dialog h2 { margin: 0 0 8px; font-size: 1.25em; }
 dialog p { margin: 0 0 10px; }
-dialog .keys { color: var(--soft); }
 dialog form { display: flex; gap: 10px; margin-top: 18px; }
-dialog form button { background: var(--accent); color: #0b1220; border-color: var(--accent); font-weight: 600; }
+dialog form button { background: var(--accent); color: light-dark(#fff, #0b1220); font-weight: 600; }
 dialog input { flex: 1; min-width: 0; background: var(--ground); }
 @media (orientation: portrait), (max-width: 759px) {
   .label, footer { gap: 8px; }
   .label { padding: 10px; }
   .clip { padding: 8px 8px 6px; gap: 4px; }
-  .choices button { min-width: 0; }
-  #said { min-width: 0; position: fixed; bottom: 62px; left: 0; right: 0; text-align: center; pointer-events: none; }
+  .choices button { min-width: 0; padding: 8px 10px; }
+  footer > :not(.choices) button { padding: 5px 7px; }
+  footer > div { gap: 5px; }
 }
 @media (orientation: portrait) {
   .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
   header { gap: 2px 12px; font-size: .9em; }
   #question { width: 100%; }
-  footer { grid-template-columns: auto 1fr; }
+  footer { grid-template-columns: minmax(0, 1fr) auto; }
   .choices { grid-column: 1 / -1; grid-row: 1; }
   .choices button { flex: 1; padding: 14px 8px; }
-  #said { bottom: 128px; }
 }
-@media (pointer: coarse), (max-width: 999px) { kbd { display: none; } }
-.stats { max-width: 1100px; margin: 0 auto; padding: 24px; }
+@media (pointer: coarse), (max-width: 559px) { kbd { display: none; } }
+.stats { max-width: 1150px; margin: 0 auto; padding: 24px; }
 .stats h2 { margin: 34px 0 8px; font-size: 1.1em; }
-.stats p { color: var(--soft); }
-.stats a { color: var(--accent); }
+.stats p { color: var(--soft); overflow-wrap: anywhere; }
+.stats a { color: var(--accent); margin-right: 14px; }
+.stats button { padding: 1px 10px; }
 .stats .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; max-width: 16em; overflow: hidden; text-overflow: ellipsis; }
 td small { color: var(--soft); }
+.warn { color: light-dark(#a34700, #f2a65a); }
 svg { width: min(100%, 500px); height: auto; margin: 6px 14px 6px 0; font-size: 11px; fill: var(--soft); }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 1.8; }
 svg path { stroke: var(--line); fill: none; }
@@ -1467,7 +1487,6 @@ svg path { stroke: var(--line); fill: none; }
 LABEL_BODY = """<body class="label" data-state="start">
 <header>
   <span id="question"></span>
-  <button id="skip">skip practice</button>
   <span id="budget" hidden><progress value="0"></progress><span></span></span>
   <span id="own"></span>
   <span id="unsent"></span>
@@ -1478,7 +1497,8 @@ LABEL_BODY = """<body class="label" data-state="start">
     <span class="screen"><canvas></canvas></span><span><kbd>←</kbd> this one is better</span></button>
   <button class="clip" id="right" aria-label="the right clip is better">
     <span class="screen"><canvas></canvas></span><span>this one is better <kbd>→</kbd></span></button>
-  <div id="notice"><i></i><span></span></div>
+  <div id="notice"><i></i><span role="status"><noscript>This page needs JavaScript.</noscript></span>
+    <div class="films"></div></div>
 </main>
 <div id="seek" aria-hidden="true"><i></i></div>
 <footer>
@@ -1491,47 +1511,83 @@ LABEL_BODY = """<body class="label" data-state="start">
     <button id="speed" aria-label="speed"><kbd>S</kbd> <span>1×</span></button>
     <button id="help" aria-label="instructions"><kbd>?</kbd> help</button></div>
 </footer>
-<dialog id="dialog"><h2></h2><div></div>
+<dialog id="dialog"><h2></h2><div></div><div class="films"></div>
   <form method="dialog"><input maxlength="40" autocomplete="nickname" aria-label="your name"><button></button></form>
 </dialog>
 """
-LABEL_SCRIPT = r"""
+SHARED_SCRIPT = r"""
 "use strict";
+const $ = (id) => document.getElementById(id);
+const TIMEOUT = 20_000;  // milliseconds after which a request is given up
+const ask = (url, more) => fetch(url, {signal: AbortSignal.timeout(TIMEOUT), ...more});
+const post = (url, body, more) => ask(url, {method: "POST", headers: {"content-type": "application/json"},
+  body: JSON.stringify(body), ...more});
+const link = new URLSearchParams(location.search).get("run");  // the run that this link is for
+history.replaceState(null, "", location.pathname);  // the token stays in the cookie only
+
+async function load(url) {
+  const reply = await ask(url);
+  if (!reply.ok) throw new Error(reply.status);
+  return createImageBitmap(await reply.blob());
+}
+
+function drawFrame(canvas, image, {frames, width, height, columns}, frame) {
+  const [x, y] = [frame % columns * width, Math.floor(frame / columns) * height];
+  canvas.getContext("2d").drawImage(image, x, y, width, height, 0, 0, width, height);
+}
+
+function fit(canvas, {width, height, pixelated}) {
+  [canvas.width, canvas.height] = [width, height];
+  canvas.style.setProperty("--aspect", width / height);
+  canvas.classList.toggle("pixelated", pixelated);
+}
+
+// Clips that only play: an example, and what became of the agent
+function film(parent, caption, image, clip) {
+  const figure = parent.appendChild(document.createElement("figure"));
+  const canvas = figure.appendChild(document.createElement("canvas"));
+  figure.append(caption);
+  fit(canvas, clip);
+  const play = (now) => {
+    const frame = Math.floor(now / 1000 * clip.fps) % (clip.frames + 8);
+    if (figure.offsetParent) drawFrame(canvas, image, clip, Math.min(clip.frames - 1, frame));
+    if (figure.isConnected) requestAnimationFrame(play);
+  };
+  requestAnimationFrame(play);
+}
+"""
+LABEL_SCRIPT = r"""
 const HOLD = 0.4;  // seconds for which the last frame stays
 const GUARD = 250;  // milliseconds in which a new pair takes no answer: that press was meant for the one before
 const AHEAD = 2;  // pairs that are fetched and decoded beforehand
 const UNDOS = 2, UNDO_TIME = 14_000;  // then the server writes the answer where the agent learns from it
 const HEARTBEAT = 30_000, IDLE = 300_000;  // who has not touched anything for so long lets the leases run out
-const TIMEOUT = 20_000;  // milliseconds after which a request is given up
 const KEYS = {ArrowLeft: "left", a: "left", ArrowRight: "right", d: "right", ArrowUp: "equal", "=": "equal",
   ArrowDown: "cant-tell", u: "undo", " ": "pause", ",": "back", ".": "forth", s: "speed", "?": "help"};
-const $ = (id) => document.getElementById(id);
+const PLACES = {KeyA: "a", KeyD: "d", KeyU: "u", KeyS: "s", Comma: ",", Period: ".", Slash: "?", Equal: "="};
 const still = matchMedia("(prefers-reduced-motion: reduce)"), portrait = matchMedia("(orientation: portrait)");
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+const now = () => Math.floor(performance.timeOrigin + performance.now());  // a clock that is never set back
 // Not crypto.randomUUID: that exists on https and localhost only
 const hex = (byte) => byte.toString(16).padStart(2, "0");
 const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map(hex).join("");
 
-let labeller = localStorage.getItem("labeller") || "";
-let texts = {rules: "", tasks: {}}, standing = null;
-let lessons = [], held = [], undoable = [];  // of held the first is on screen, the others follow
-let told = "", link = new URLSearchParams(location.search).get("run");  // why nothing is shown; the run of this link
+let labeller = "", texts = {rules: "", tasks: {}}, standing = null, told = "", over = "";
+let held = [], arriving = [], undoable = [];  // of held the first is on screen, the others follow
 let shown = null, shownAt = 0, touchedAt = 0, offline = false;
-let clock = 0, frame = -1, last = 0, paused = false, speed = Number(localStorage.getItem("speed")) || 1;
-
-history.replaceState(null, "", location.pathname);  // the token stays in the cookie only
+let clock = 0, frame = -1, last = 0, paused = false, speed = 1;
 
 // The two clips: one clock, one frame index -------------------------------------------------------------------------
-function tick(now) {
-  if (shown && !paused && !$("dialog").open) clock += (now - last) / 1000 * speed;
-  last = now;
+function tick(time) {
+  if (shown && !paused && !$("dialog").open) clock += (time - last) / 1000 * speed;
+  last = time;
   draw();
   requestAnimationFrame(tick);
 }
 
 function draw() {
   if (!shown) return;
-  const {frames, fps, width, height, columns} = shown.clip;
+  const {frames, fps} = shown.clip;
   clock %= frames / fps + HOLD;
   const next = Math.min(frames - 1, Math.floor(clock * fps));
   $("seek").firstChild.style.transform = `scaleX(${Math.min(1, clock * fps / frames)})`;
@@ -1539,8 +1595,7 @@ function draw() {
   frame = next;
   for (const side of ["left", "right"]) {
     const canvas = $(side).querySelector("canvas");
-    const [x, y] = [frame % columns * width, Math.floor(frame / columns) * height];
-    canvas.getContext("2d").drawImage(shown[side], x, y, width, height, 0, 0, width, height);
+    drawFrame(canvas, shown[side], shown.clip, frame);
     canvas.dataset.frame = frame;
   }
 }
@@ -1559,17 +1614,16 @@ function setPaused(value) {
 }
 
 function present() {
-  shown = lessons[0] || held[0] || null;
-  document.body.dataset.state = !labeller ? "name" : lessons.length ? "practice" : shown ? "label" : "waiting";
+  shown = held[0] || null;
+  setState(!labeller ? "name" : shown ? "label" : "waiting");
   document.body.dataset.serving = shown?.serving || "";
+  document.body.classList.add("fresh");
   [clock, frame, shownAt] = [0, -1, performance.now()];
   setPaused(still.matches);
   if (shown) {
-    const {width, height, pixelated} = shown.clip;
-    document.body.classList.toggle("pixelated", pixelated);
-    for (const canvas of document.querySelectorAll("canvas")) {
-      [canvas.width, canvas.height] = [width, height];
-      canvas.style.setProperty("--aspect", width / height);
+    for (const side of ["left", "right"]) {
+      const canvas = $(side).querySelector("canvas");
+      fit(canvas, shown.clip);
       if (!still.matches) canvas.animate({opacity: [0.2, 1]}, 140);
     }
     if (document.hidden) document.title = "● Clips are here";
@@ -1581,6 +1635,8 @@ function present() {
 
 // Words -------------------------------------------------------------------------------------------------------------
 const task = () => texts.tasks[held[0]?.instructions] || texts.tasks.general || "";
+const state = () => document.body.dataset.state;
+const setState = (name) => document.body.dataset.state = name;
 
 async function readTexts() {
   const reply = await ask("api/instructions").catch(() => null);
@@ -1590,30 +1646,42 @@ async function readTexts() {
 }
 
 function paint() {
-  $("question").textContent = lessons.length ? `Practice, ${4 - lessons.length} of 3: ${lessons[0].question}`
-    : shown ? task().split("\n")[0] : "";
-  $("who").textContent = labeller;
+  $("question").textContent = shown ? task().split("\n")[0] : "";
+  $("who").textContent = $("who").title = labeller;
   $("speed").lastChild.textContent = `${speed}×`;
-  const waiting = Object.keys(localStorage).filter((key) => key.startsWith("out:")).length;
-  $("unsent").textContent = offline && waiting ? `${waiting} kept here until the server is back` : "";
-  const live = standing?.runs.filter((run) => !run.finished) || [];
-  $("budget").hidden = !live.length;
-  if (standing) {
-    const [used, labels] = ["labels_used", "labels"].map((name) => live.reduce((sum, run) => sum + run[name], 0));
-    $("budget").firstChild.max = labels || 1;
-    $("budget").firstChild.value = used;
-    $("budget").lastChild.textContent = `${used} of ${labels} labels`;
-    const {today, per_minute} = standing;
-    $("own").textContent = today ? `${today} by you today, ${Math.round(per_minute)} a minute` : "";
+  $("unsent").textContent = offline && out.size ? `${out.size} kept here until the server is back` : "";
+  const run = shown && standing?.runs.find((run) => run.run === shown.run);
+  $("budget").hidden = !run;
+  if (run) {
+    $("budget").firstChild.max = run.labels || 1;
+    $("budget").firstChild.value = run.labels_used;
+    $("budget").lastChild.textContent = `${run.labels_used} of ${run.labels} labels`;
   }
-  $("notice").lastChild.textContent = document.body.dataset.state === "stranger"
+  const {today, per_minute} = standing || {};
+  $("own").textContent = today ? `${today} by you today, ${Math.round(per_minute)} a minute` : "";
+  if (state() === "start") return;
+  $("notice").querySelector("span").textContent = state() === "stranger"
     ? "Please open the link that you were given: this page needs its token."
+    : state() === "blocked"
+    ? "Your browser keeps no data of this page. Please allow cookies and site data for this address, and load it again."
     : offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
-    : told || standing?.notice || "";
+    : arriving.length ? "Two clips are on their way to you." : told || "";
+  $("notice").querySelector("i").hidden = state() !== "waiting" || over !== "";
+}
+
+// What became of the agent, once its run is over
+async function showEnd(end) {
+  const films = $("notice").querySelector(".films"), name = end?.after || "";
+  if (name === over) return;
+  over = name;
+  films.replaceChildren();
+  if (!end) return;
+  const images = await Promise.all([load(end.before), load(end.after)]).catch(() => []);
+  images.forEach((image, i) => film(films, ["at the start", "at the end"][i], image, end.clip));
 }
 
 function say(text) {
-  $("said").textContent = text;
+  $("said").textContent = $("said").title = text;
   $("said").animate({opacity: [1, 1, 0]}, {duration: 1200 + 50 * text.length, easing: "ease-in"});
 }
 
@@ -1628,83 +1696,111 @@ function show(title, paragraphs, name) {
   const asks = name !== undefined;
   [input.hidden, input.value, ok.textContent] = [!asks, name || "", asks ? "start" : "go on"];
   $("dialog").showModal();
-  (asks ? input : ok).focus();
+  (asks ? input : ok).focus({preventScroll: true});
+  $("dialog").scrollTop = 0;
   return new Promise((done) => $("dialog").onclose = () => {
     shownAt = performance.now();
+    $("dialog").querySelector(".films").replaceChildren();
     done(input.value.trim());
     explain();
   });
 }
 
 function explain() {  // once for each task, and again when its text is another
-  if (!shown || lessons.length || $("dialog").open) return;
+  if (!shown || $("dialog").open) return;
   if (localStorage.getItem(`read:${shown.instructions}`) !== task() + texts.rules) help();
 }
 
 function help() {
   const [question, ...lines] = task().trim().split("\n");
-  if (held[0]) localStorage.setItem(`read:${held[0].instructions}`, task() + texts.rules);
+  if (held[0]) keep(`read:${held[0].instructions}`, task() + texts.rules);
   const keys = "Keys: ← → (or A D) better · ↑ equally good · ↓ can't tell · U undo · space pause · , . step · S speed";
   return show(question, [...lines, ...texts.rules.split("\n"), matchMedia("(pointer: coarse)").matches
     ? "Tap the clip that is better." : keys]);
 }
 
 async function askName() {
-  document.body.dataset.state = "name";
-  const why = ["It tells your answers from those of others."];
+  setState("name");
+  const films = $("dialog").querySelector(".films"), why = [
+    "You will see two short clips of an agent at work, side by side. Say which one is better: it learns from your "
+    + "answers alone. Here it is the left one, whose dot reaches the ring."];
   let name = "";
-  while (!name) name = await show("What is your name?", why, labeller);
+  while (!name) {
+    example(films);
+    name = await show("What is your name?", why, labeller);
+  }
   if (name !== labeller) {
     letGo();
     [held, undoable] = [[], []];  // those were served to somebody else
   }
-  localStorage.setItem("labeller", labeller = name);
+  keep("labeller", labeller = name);
   present();
   fill();
 }
 
+function example(films) {
+  const clip = {frames: 30, width: 160, height: 110, columns: 30, fps: 15, pixelated: false};
+  const paths = {"← better": (t) => [30 + 85 * t, 85 - 50 * t], "→": (t) => [40 + 15 * Math.sin(9 * t), 85]};
+  films.replaceChildren();
+  for (const [caption, path] of Object.entries(paths)) {
+    const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
+    [sheet.width, sheet.height] = [clip.width * clip.columns, clip.height];
+    const circle = (x, y, radius) => {
+      context.beginPath();
+      context.arc(x, y, radius, 0, 2 * Math.PI);
+    };
+    for (let i = 0; i < clip.frames; i++) {
+      const left = i * clip.width, [x, y] = path(Math.min(1, 1.3 * i / clip.frames));
+      context.fillStyle = "#1c2430";
+      context.fillRect(left, 0, clip.width, clip.height);
+      [context.strokeStyle, context.lineWidth, context.fillStyle] = ["#f2c26b", 4, "#8ab4f8"];
+      circle(left + 115, 35, 14);
+      context.stroke();
+      circle(left + x, y, 7);
+      context.fill();
+    }
+    film(films, caption, sheet, clip);
+  }
+}
+
 // Pairs -------------------------------------------------------------------------------------------------------------
-const ask = (url, more) => fetch(url, {signal: AbortSignal.timeout(TIMEOUT), ...more});
-const post = (url, body, more) => ask(url, {method: "POST", headers: {"content-type": "application/json"},
-  body: JSON.stringify(body), ...more});
-
 // A proxy whose server is away has a 4xx of its own; this server's are told by their detail
-async function refuses(reply, ...codes) {
-  return codes.includes(reply.status) && typeof (await reply.json().catch(() => null))?.detail === "string";
+async function refusal(reply, ...codes) {
+  const {detail} = codes.includes(reply.status) && await reply.json().catch(() => null) || {};
+  return typeof detail === "string" ? detail : "";
 }
 
-async function load(url) {
-  const reply = await ask(url);
-  if (!reply.ok) throw new Error(reply.status);
-  return createImageBitmap(await reply.blob());
+async function loadBoth({left, right}) {
+  for (let wait = 1000; ; wait *= 2)
+    try {
+      return await Promise.all([load(left), load(right)]);
+    } catch (error) {
+      if (wait > 8000) throw error;
+      await sleep(wait);
+    }
 }
 
+// Fetch the pictures of a pair, and its time while they come; a slow line keeps no other claim waiting
 async function take(pair) {
-  if (held.some((other) => other.serving === pair.serving)) return;
-  const [left, right] = await Promise.all([load(pair.left), load(pair.right)]);
-  if (pair.labeller !== labeller) return;  // the name was changed meanwhile: the server would refuse the answer
-  held.push({...pair, left, right, pair});
-  if (held.length === 1) present();
+  if ([...held, ...arriving].some((other) => other.serving === pair.serving)) return;
+  arriving.push(pair);
+  try {
+    const [left, right] = await loadBoth(pair);
+    if (pair.labeller !== labeller) return;  // the name was changed meanwhile: the server would refuse the answer
+    held.push({...pair, left, right, pair});
+    if (held.length === 1) present();
+  } finally {
+    arriving = arriving.filter((other) => other !== pair);
+  }
 }
-
-// A page that is loaded again goes on with the pairs it had; others get them if it is not. They are kept as it ends and
-// not before: a tab that is duplicated starts with a copy of the session storage, and needs pairs of its own
-addEventListener("pagehide", () => {
-  sessionStorage.setItem("held", JSON.stringify(held.map((entry) => entry.pair)));
-  letGo();
-});
-function letGo() {
-  const servings = [...held.map((entry) => entry.serving), asking].filter(Boolean);
-  if (labeller && servings.length) beacon("api/release", {labeller, held: servings});
-}
-const beacon = (url, body) => navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
 
 // Prolong the pairs that are here, drop those that somebody else answered or whose run has stopped, ask for another
 async function claim(want) {
-  const asked = labeller, body = {labeller, held: held.map((entry) => entry.serving), want, run: link};
+  const asked = labeller, have = [...held, ...arriving].map((entry) => entry.serving);
+  const body = {labeller, held: have, want, run: link};
   if (want) body.serving = asking = newId();
   const reply = await post("api/claim", body);
-  if (await refuses(reply, 401, 403)) return stranger();
+  if (await refusal(reply, 401, 403)) return stranger();
   if (!reply.ok) throw new Error(reply.status);
   const {pair, gone, notice, edition} = await reply.json();
   if (edition !== texts.edition) await readTexts();
@@ -1722,13 +1818,13 @@ function drop(gone) {
 
 let filling = false, patience = 1000, asking = null;
 async function fill() {
-  if (filling || !labeller || lessons.length || document.body.dataset.state === "stranger") return;
+  if (filling || !labeller || state() === "stranger") return;
   filling = true;
   try {
-    while (held.length <= AHEAD && document.body.dataset.state !== "stranger") {
+    while (held.length + arriving.length <= AHEAD && state() !== "stranger") {
       const pair = await claim(true);
-      if (pair) await take(pair);
-      else if (held.length) break;
+      if (pair) take(pair).then(fill, () => setTimeout(fill, patience)).finally(paint);
+      else if (held.length + arriving.length) break;
       else await sleep(1000);
       paint();
     }
@@ -1743,7 +1839,7 @@ async function fill() {
 }
 
 async function beat() {
-  if (document.hidden || performance.now() - touchedAt > IDLE || outbox().length || !held.length) return;
+  if (document.hidden || performance.now() - touchedAt > IDLE || out.size || !held.length) return;
   await claim(false).catch(() => null);
   fill();
 }
@@ -1761,18 +1857,57 @@ function touch() {
 
 function stranger() {
   [held, undoable, shown] = [[], [], null];
-  document.body.dataset.state = "stranger";
+  setState("stranger");
   paint();
 }
 
-// Answers: kept in local storage from the press until the server has them --------------------------------------------
-const outbox = () => Object.keys(localStorage).filter((key) => key.startsWith("out:")).sort();
-let sending = false, retry = 0, delay = 1000, count = 0;
+const beacon = (url, body) => navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
+function letGo() {
+  const servings = [...held, ...arriving].map((entry) => entry.serving).concat(asking || []);
+  if (labeller && servings.length) beacon("api/release", {labeller, held: servings});
+}
+
+// A page that is loaded again goes on with the pairs it had; others get them if it is not. They are kept as it ends and
+// not before: a tab that is duplicated starts with a copy of the session storage, and needs pairs of its own
+addEventListener("pagehide", () => {
+  const bare = ({pair, ...entry}) => ({...entry, pair: pair.pair});
+  const session = {held: held.map((entry) => entry.pair), undoable: undoable.map(bare), labeller};
+  try {
+    sessionStorage.setItem("page", JSON.stringify(session));
+  } catch { /* then it begins with new pairs */ }
+  for (const {url, body} of out.values()) beacon(url, body);  // sent again later if nothing acknowledges them
+  letGo();
+});
+
+async function goOn() {
+  const session = JSON.parse(sessionStorage.getItem("page") || "null");
+  sessionStorage.removeItem("page");
+  if (session?.labeller !== labeller) return;
+  for (const pair of session.held) await take(pair).catch(() => null);
+  if (held.length) await claim(false).catch(() => null);
+  for (const {pair, ...entry} of session.undoable) {
+    const images = await loadBoth(pair).catch(() => null);
+    if (images) undoable.push({...entry, pair: {...pair, left: images[0], right: images[1], pair}});
+  }
+}
+
+// Answers: kept from the press until the server has them, in local storage too where there is room -------------------
+const out = new Map();
+let sending = false, retry = 0, delay = 1000, count = 0, unkept = false;
+
+function keep(key, value) {
+  try {
+    localStorage.setItem(key, value);
+    return true;
+  } catch {  // it is full
+    return false;
+  }
+}
 
 function send(url, body) {
-  const time = Math.floor(performance.timeOrigin + performance.now());  // of a clock that is never set back
-  const key = `out:${time}:${String(count++).padStart(6, "0")}:${newId()}`;
-  localStorage.setItem(key, JSON.stringify({url, body}));
+  const key = `out:${now()}:${String(count++).padStart(6, "0")}:${newId()}`;
+  out.set(key, {url, body});
+  unkept = !keep(key, JSON.stringify({url, body}));
   flush();
 }
 
@@ -1781,17 +1916,21 @@ async function flush() {
   sending = true;
   clearTimeout(retry);
   try {
-    for (let key; (key = outbox()[0]);) {  // in order: a retract after its answer
-      const item = JSON.parse(localStorage.getItem(key));
-      const reply = item && await post(item.url, item.body, {keepalive: true});
+    while (out.size) {  // in order: an undoing after its answer
+      const key = [...out.keys()].sort()[0], {url, body} = out.get(key);
+      const reply = await post(url, body, {keepalive: true});
       // Such a refusal is for good, and must not stop what comes behind it; a 403 ends with a link of the right role
-      if (reply && !reply.ok && !await refuses(reply, 404, 409, 422)) throw new Error(reply.status);
+      const why = reply.ok ? "" : await refusal(reply, 404, 409, 410, 422);
+      if (!reply.ok && !why) throw new Error(reply.status);
+      if (why) refused(url, why);
+      out.delete(key);
       localStorage.removeItem(key);
       [offline, delay] = [false, 1000];
     }
     report();
   } catch {
     offline = true;
+    if (unkept) say("Please leave this page open: your last answers are neither sent nor kept yet.");
     retry = setTimeout(flush, delay);
     delay = Math.min(2 * delay, 30_000);
     paint();
@@ -1800,12 +1939,17 @@ async function flush() {
   }
 }
 
+function refused(url, why) {
+  say(`not taken: ${why}`);
+  const entry = held.find(({undoes}) => undoes && url.includes(undoes));
+  if (entry) drop([entry.serving]);
+}
+
 function answer(which) {
   if (!shown || $("dialog").open || performance.now() - shownAt < GUARD) return;
-  if (lessons.length) return practise(which);
   const id = newId(), {serving} = shown, seconds = (performance.now() - shownAt) / 1000;
   send("api/answers", {id, serving, labeller, answer: which, seconds});
-  undoable.push({id, pair: shown, at: performance.now()});
+  undoable.push({id, pair: shown, at: now()});
   if (undoable.length > UNDOS) {
     const {pair} = undoable.shift();
     pair.left.close();
@@ -1821,16 +1965,14 @@ function confirm(which) {
   const [left, right] = portrait.matches ? ["upper", "lower"] : ["left", "right"];
   const words = {left: `${left} is better`, right: `${right} is better`, equal: "equally good"};
   say(words[which] || "can't tell");
-  for (const side of which === "equal" ? ["left", "right"] : [which])
-    $(side).animate({outlineColor: ["#8ab4f8", "#8ab4f800"]}, 450);
 }
 
 function undo() {
-  if (lessons.length || !undoable.length) return say("nothing to undo");
+  if (!undoable.length) return say("nothing to undo");
   const entry = undoable.pop();
-  if (performance.now() - entry.at > UNDO_TIME) return say("the agent has learned from that answer already");
+  if (now() - entry.at > UNDO_TIME) return say("the agent has learned from that answer already");
   send(`api/answers/${entry.id}/undo`, {id: newId(), labeller});
-  held.unshift(entry.pair);
+  held.unshift({...entry.pair, undoes: entry.id});
   present();
   say("undone");
 }
@@ -1843,62 +1985,13 @@ function report() {  // every three seconds at most
 
 async function askProgress() {
   reportedAt = performance.now();
-  const reply = labeller && await ask(`api/progress?labeller=${encodeURIComponent(labeller)}`).catch(() => null);
-  if (reply && reply.ok) standing = await reply.json();
-  paint();
-}
-
-// Practice: a dot that gets to a ring, or not -------------------------------------------------------------------------
-function makeLessons() {
-  const clip = {frames: 36, width: 160, height: 160, columns: 6, fps: 20, pixelated: false};
-  const sheet = (path) => {
-    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
-    [canvas.width, canvas.height] = [clip.width * clip.columns, clip.height * clip.frames / clip.columns];
-    const circle = (x, y, radius) => {
-      context.beginPath();
-      context.arc(x, y, radius, 0, 2 * Math.PI);
-    };
-    for (let i = 0; i < clip.frames; i++) {
-      const [left, top] = [i % clip.columns * clip.width, Math.floor(i / clip.columns) * clip.height];
-      const [x, y] = path(i / (clip.frames - 1));
-      context.fillStyle = "#1c2430";
-      context.fillRect(left, top, clip.width, clip.height);
-      [context.strokeStyle, context.lineWidth, context.fillStyle] = ["#f2c26b", 4, "#8ab4f8"];
-      circle(left + 115, top + 45, 16);
-      context.stroke();
-      circle(left + x, top + y, 8);
-      context.fill();
-    }
-    return canvas;
-  };
-  const to = (x, y, ease) => (t) => [35 + (x - 35) * ease(t), 125 + (y - 125) * ease(t)];
-  const even = (t) => t, early = (t) => Math.min(1, 1.6 * t), away = (t) => [35 + 20 * Math.sin(9 * t), 125];
-  const make = (left, right, expected, why) =>
-    ({clip, left: sheet(left), right: sheet(right), expected, why, question: "which dot gets to the ring?"});
-  return [
-    make(to(115, 45, early), away, "left", "one dot reaches the ring, the other stays where it was"),
-    make(to(55, 120, even), to(90, 72, even), "right", "neither arrives, but one gets much closer"),
-    make(to(115, 45, early), (t) => [35 + 80 * early(t), 125 - 80 * early(t) ** 2], "equal",
-      "both get there, in the same time"),
-  ];
-}
-
-function practise(which) {
-  const {expected, why} = lessons[0];
-  if (which !== expected) {
-    shownAt = performance.now();
-    return say(`look again: ${why}`);
+  const run = link ? `&run=${encodeURIComponent(link)}` : "";
+  const reply = labeller && await ask(`api/progress?labeller=${encodeURIComponent(labeller)}${run}`).catch(() => null);
+  if (reply && reply.ok) {
+    standing = await reply.json();
+    showEnd(standing.end);
   }
-  confirm(which);
-  say(`yes: ${why}`);
-  lessons.shift();
-  endPractice();
-}
-
-function endPractice() {
-  if (!lessons.length) localStorage.setItem("practised", "yes");
-  present();
-  fill();
+  paint();
 }
 
 // Keys, buttons, and the start ----------------------------------------------------------------------------------------
@@ -1906,13 +1999,9 @@ const actions = {
   left: () => answer("left"), right: () => answer("right"), equal: () => answer("equal"),
   "cant-tell": () => answer("cant-tell"), undo, pause: () => setPaused(!paused), back: () => step(-1),
   forth: () => step(1), help, who: askName,
-  skip: () => {
-    lessons = [];
-    endPractice();
-  },
   speed: () => {
     speed = {0.5: 1, 1: 2, 2: 0.5}[speed];
-    localStorage.setItem("speed", speed);
+    keep("speed", speed);
     paint();
   },
 };
@@ -1925,7 +2014,8 @@ for (const [id, action] of Object.entries(actions))
 addEventListener("keydown", (event) => {
   touch();
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "INPUT") return;
-  const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const key = event.key.charCodeAt(0) > 127 ? PLACES[event.code] : event.key;  // a layout without Latin letters
+  const id = KEYS[key?.length === 1 ? key.toLowerCase() : key];
   if ($("dialog").open) {
     if (id === "help" && !event.repeat && $("dialog").querySelector("input").hidden) $("dialog").close();
     return;
@@ -1934,38 +2024,40 @@ addEventListener("keydown", (event) => {
   if (id && (!event.repeat || id === "back" || id === "forth")) $(id).click();
 });
 addEventListener("pointerdown", touch);
+addEventListener("pointermove", () => document.body.classList.remove("fresh"));
 addEventListener("online", () => (flush(), fill()));
+addEventListener("pageshow", (event) => event.persisted && (sessionStorage.removeItem("page"), comeBack()));
 addEventListener("visibilitychange", () => {
   if (document.hidden) return;
   document.title = "Which clip is better?";
   comeBack();
 });
-addEventListener("pagehide", () => {  // they stay in the outbox, and are sent again if nothing acknowledges them
-  for (const key of outbox()) {
-    const {url, body} = JSON.parse(localStorage.getItem(key));
-    beacon(url, body);
-  }
-});
 
 async function start() {
+  try {
+    labeller = localStorage.getItem("labeller") || "";
+    speed = Number(localStorage.getItem("speed")) || 1;
+    for (const key of Object.keys(localStorage).filter((key) => key.startsWith("out:")))
+      out.set(key, JSON.parse(localStorage.getItem(key)));
+  } catch {
+    setState("blocked");
+    return paint();
+  }
   requestAnimationFrame(tick);
   for (;;) {
     const reply = await readTexts();
     offline = false;
     if (reply?.ok) break;
-    if (reply && await refuses(reply, 401, 403)) return stranger();
+    if (reply && await refusal(reply, 401, 403)) return stranger();
     offline = true;
+    setState("waiting");
     paint();
     await sleep(2000);
   }
-  if (!localStorage.getItem("practised")) lessons = makeLessons();
   if (labeller) present();
   else await askName();
   flush();
-  const kept = JSON.parse(sessionStorage.getItem("held") || "[]").filter((pair) => pair.labeller === labeller);
-  sessionStorage.removeItem("held");
-  for (const pair of kept) await take(pair).catch(() => null);
-  if (held.length) await claim(false).catch(() => null);
+  await goOn();
   report();
   fill();
   setInterval(beat, HEARTBEAT);
@@ -1976,8 +2068,6 @@ start();
 STATS_BODY = """<body class="stats"><main></main>
 """
 STATS_SCRIPT = r"""
-"use strict";
-history.replaceState(null, "", location.pathname);
 const main = document.querySelector("main");
 const svgTag = (name) => document.createElementNS("http://www.w3.org/2000/svg", name);
 function put(parent, node, text, attributes = {}) {
@@ -2001,14 +2091,38 @@ function table(parent, head, rows) {
   const element = put(put(parent, "div", undefined, {class: "wide"}), "table");
   const line = put(element, "tr");
   for (const title of [head, ...COLUMNS.map(([title]) => title)]) put(line, "th", title);
-  for (const [name, stats] of rows) {
+  for (const [name, stats, more] of rows) {
     const line = put(element, "tr");
-    put(line, "td", name);
+    put(line, "td", name, {title: name});
     for (const [, read] of COLUMNS) {
       const value = read(stats), cell = put(line, "td", value?.n === undefined ? value : percent(value.share));
       if (value?.n !== undefined) put(cell, "small", interval(value));
     }
+    if (more) more(put(line, "td"));
   }
+}
+
+// A button that asks before it does something to a study
+function button(parent, text, question, url, body) {
+  put(parent, "button", text).onclick = async () => {
+    if (!confirm(question)) return;
+    const reply = await post(url, body).catch(() => null);
+    if (!reply?.ok) alert("The server did not take this; try again.");
+    refresh();
+  };
+}
+
+function person(stats, total) {
+  return [stats.labeller, stats, (cell) => {
+    const name = encodeURIComponent(stats.labeller), words = [percent(total ? stats.trained / total : null)];
+    if (stats.here) words.push("here now");
+    if (stats.barred) words.push("barred");
+    put(cell, "small", words.join(", ") + " ");
+    for (const warning of stats.warnings) put(cell, "small", `${warning} `, {class: "warn"});
+    button(cell, stats.barred ? "let in again" : "bar", stats.barred ? `Let answers of ${stats.labeller} train again?`
+      : `Bar ${stats.labeller}? Answers from now on train nothing, and are marked.`, `api/people/${name}`,
+      {barred: !stats.barred});
+  }];
 }
 
 function plot(parent, title, points, top) {
@@ -2029,30 +2143,71 @@ function plot(parent, title, points, top) {
   put(svg, svgTag("polyline"), undefined, {points: points.map(([t, v]) => `${x(t)},${y(v)}`).join(" ")});
 }
 
+function describeRun(run) {
+  const {status} = run, step = (n) => n.toLocaleString();
+  const state = run.archived ? "archived" : run.finished ? "finished" : !run.live ? "not running"
+    : run.paused ? "paused" : status?.phase || "starting";
+  put(main, "h2", `${run.env_id}: ${run.counted} of ${run.labels} labels, ${state}`);
+  const line = put(main, "p", `${run.name} (${run.script}), ${run.open} pairs open, ${run.late} answers late; `
+    + (status ? `step ${step(status.global_step)} of ${step(status.total_timesteps)}, ${status.labels_due} labels due `
+    : "has not reported yet "));
+  const url = `api/runs/${encodeURIComponent(run.name)}`, {paused, archived} = run;
+  put(line, "a", "link of this run", {href: `./?run=${encodeURIComponent(run.name)}`});
+  button(line, paused ? "go on" : "pause", paused ? "Show its pairs again?" : "Show its pairs to nobody for now?", url,
+    {paused: !paused, archived});
+  button(line, archived ? "take back" : "archive", archived ? "Show this run again?" : "Put this run away?", url,
+    {paused, archived: !archived});
+  if (archived) return;
+  plot(main, "labels", run.labels_over_time);
+  plot(main, "reward model: held-out accuracy", run.accuracy_over_time, 1);
+  table(main, "run", [[run.env_id, run]]);
+}
+
+// The clips behind an answer that is doubtful are fetched when somebody wants to see them
+function describeDoubts(doubts, runs) {
+  if (!doubts.length) return;
+  put(main, "h2", "Answers to look at");
+  const words = {first: "the first", second: "the second", equal: "equal", "cant-tell": "can't tell"};
+  for (const {why, run, pair, said, sums} of doubts) {
+    const key = `${run}/${pair}/${why}/${said.join()}`, details = put(main, "details");
+    details.open = opened.has(key);
+    put(details, "summary", `${why}: ${said.map(([who, what]) => `${who}: ${words[what]}`).join(", ")}`);
+    const films = put(details, "div", undefined, {class: "films"}), {clip} = runs.find(({name}) => name === run);
+    const see = async () => {
+      opened[details.open ? "add" : "delete"](key);
+      if (!details.open || films.firstChild) return;
+      const urls = [0, 1].map((side) => `api/clips/${encodeURIComponent(run)}/${pair}/${side}`);
+      const images = await Promise.all(urls.map(load)).catch(() => []);
+      const sum = (side) => sums?.[side] === null || !sums ? "" : `, true sum ${sums[side].toFixed(2)}`;
+      images.forEach((image, i) => film(films, ["the first", "the second"][i] + sum(i), image, clip));
+    };
+    details.ontoggle = see;
+  }
+}
+
+const opened = new Set();
+let before = "";
 async function refresh() {
-  const reply = await fetch("api/stats").catch(() => null);
+  const reply = await ask("api/stats").catch(() => null);
   if (!reply?.ok) {
     if (!main.firstChild || reply) main.textContent = reply ? "Please open the stats link that the server printed."
       : "The server can't be reached.";
     return;
   }
-  const {all, labellers, runs} = await reply.json();
+  const text = await reply.text(), {all, labellers, runs, doubts} = JSON.parse(text);
+  if (text === before) return;
+  before = text;
   main.replaceChildren();
   put(main, "h1", "Labels");
   const legend = put(main, "p", "Small: 95 % interval in per cent, and number of answers. Same again: one person, "
-    + "the same pair twice. Agree, κ: one pair, two people. As true sums: decisive answers where the sums are known. ");
-  put(legend, "a", "Download all answers (JSON lines)", {href: "export.jsonl"});
-  table(main, "people", [["all", all], ...labellers.map((s) => [s.labeller, s])]);
-  for (const run of [...runs].reverse()) {
-    const {status} = run, state = run.finished ? "finished" : run.live ? status?.phase : "not running";
-    put(main, "h2", `${run.env_id}: ${run.counted} of ${run.labels} labels, ${state}`);
-    const steps = status ? `step ${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}, `
-      + `${status.labels_due} labels due` : "has not reported yet";
-    put(main, "p", `${run.name} (${run.script}), ${run.open} pairs open, ${run.late} answers late; ${steps}`);
-    plot(main, "labels", run.labels_over_time);
-    plot(main, "reward model: held-out accuracy", run.accuracy_over_time, 1);
-    table(main, "run", [[run.env_id, run]]);
-  }
+    + "the same pair twice. Agree, κ (from 20 pairs on): one pair, two people. As true sums: decisive answers where "
+    + "the sums are known. Last: the share of the labels that is this person's. ");
+  put(legend, "a", "all answers (JSON lines)", {href: "export.jsonl"});
+  put(legend, "a", "those that stand (CSV)", {href: "export.csv"});
+  const total = labellers.reduce((sum, stats) => sum + stats.trained, 0);
+  table(main, "people", [["all", all], ...labellers.map((stats) => person(stats, total))]);
+  [...runs].reverse().forEach(describeRun);
+  describeDoubts(doubts, runs);
 }
 refresh();
 setInterval(() => document.hidden || refresh(), 10_000);
@@ -2062,9 +2217,6 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style nonce="NONCE">{style}</style></head>
 {body}<script nonce="NONCE">{script}</script></body></html>
 """
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 # ----------------------------------------------------------------------------------------------------------------------

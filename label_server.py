@@ -1130,10 +1130,12 @@ class UndoBody(BaseModel):
 
 
 class PersonBody(BaseModel):
+    who: Name
     barred: bool
 
 
 class SettingBody(BaseModel):
+    run: Line
     paused: bool
     archived: bool
 
@@ -1354,15 +1356,16 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         with store.lock:
             return statistics(store)
 
-    @app.post("/api/people/{who}", dependencies=[needs("admin")], status_code=204)
-    def bar_(who: Annotated[Name, UrlPath()], body: PersonBody):
+    @app.post("/api/people", dependencies=[needs("admin")], status_code=204)
+    def bar_(body: PersonBody):
         with store.lock:
-            bar(store, who, body.barred)
+            bar(store, body.who, body.barred)
 
-    @app.post("/api/runs/{run}", dependencies=[needs("admin")], status_code=204)
-    def set_run_(run: Line, body: SettingBody):
+    @app.post("/api/runs", dependencies=[needs("admin")], status_code=204)
+    def set_run_(body: SettingBody):
         with store.lock:
-            store.write({"kind": "run", "run": find_run(store, run).name} | body.model_dump())
+            find_run(store, body.run)
+            store.write({"kind": "run"} | body.model_dump())
 
     @app.get("/export.jsonl", dependencies=[needs("admin")])
     def export_jsonl():
@@ -2114,14 +2117,13 @@ function button(parent, text, question, url, body) {
 
 function person(stats, total) {
   return [stats.labeller, stats, (cell) => {
-    const name = encodeURIComponent(stats.labeller), words = [percent(total ? stats.trained / total : null)];
+    const who = stats.labeller, words = [percent(total ? stats.trained / total : null)];
     if (stats.here) words.push("here now");
     if (stats.barred) words.push("barred");
     put(cell, "small", words.join(", ") + " ");
     for (const warning of stats.warnings) put(cell, "small", `${warning} `, {class: "warn"});
-    button(cell, stats.barred ? "let in again" : "bar", stats.barred ? `Let answers of ${stats.labeller} train again?`
-      : `Bar ${stats.labeller}? Answers from now on train nothing, and are marked.`, `api/people/${name}`,
-      {barred: !stats.barred});
+    button(cell, stats.barred ? "let in again" : "bar", stats.barred ? `Let answers of ${who} train again?`
+      : `Bar ${who}? Answers from now on train nothing, and are marked.`, "api/people", {who, barred: !stats.barred});
   }];
 }
 
@@ -2151,12 +2153,12 @@ function describeRun(run) {
   const line = put(main, "p", `${run.name} (${run.script}), ${run.open} pairs open, ${run.late} answers late; `
     + (status ? `step ${step(status.global_step)} of ${step(status.total_timesteps)}, ${status.labels_due} labels due `
     : "has not reported yet "));
-  const url = `api/runs/${encodeURIComponent(run.name)}`, {paused, archived} = run;
+  const {name, paused, archived} = run;
   put(line, "a", "link of this run", {href: `./?run=${encodeURIComponent(run.name)}`});
-  button(line, paused ? "go on" : "pause", paused ? "Show its pairs again?" : "Show its pairs to nobody for now?", url,
-    {paused: !paused, archived});
-  button(line, archived ? "take back" : "archive", archived ? "Show this run again?" : "Put this run away?", url,
-    {paused, archived: !archived});
+  button(line, paused ? "go on" : "pause", paused ? "Show its pairs again?" : "Show its pairs to nobody for now?",
+    "api/runs", {run: name, paused: !paused, archived});
+  button(line, archived ? "take back" : "archive", archived ? "Show this run again?" : "Put this run away?",
+    "api/runs", {run: name, paused, archived: !archived});
   if (archived) return;
   plot(main, "labels", run.labels_over_time);
   plot(main, "reward model: held-out accuracy", run.accuracy_over_time, 1);

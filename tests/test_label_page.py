@@ -644,6 +644,7 @@ def test_a_full_storage_costs_no_answer(world, visit):
 
 def test_blocked_site_data_is_told(world, visit):
     one = visit(name=None, path="/nowhere")
+    one.page.wait_for_timeout(300)
     one.problems.clear()
     block = (
         "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied', 'SecurityError') }})"
@@ -732,6 +733,7 @@ def test_behind_the_path_of_a_proxy(world, visit):
     with http.server.ThreadingHTTPServer(("localhost", 0), Proxy) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         one = visit(path="/nowhere")
+        one.page.wait_for_timeout(300)
         one.problems.clear()
         address = f"http://localhost:{proxy.server_address[1]}/labels"
         one.page.goto(address + LINK)

@@ -1,6 +1,7 @@
 """The label server against hand-worked answers, beside a trainer that only writes files."""
 
 import contextlib
+import csv
 import http.client
 import json
 import os
@@ -727,6 +728,79 @@ def test_export_has_a_line_per_event(world):
     assert (lines[0]["sum_first"], lines[0]["sum_second"]) == (1.0, 2.0)
 
 
+def test_a_barred_person_trains_nothing_from_then_on(world):
+    run = world.run()
+    first, second, third = (world.ask(run) for _ in range(3))
+    pairs = {pair["pair"]: pair for pair in (world.claim() for _ in range(3))}
+    world.answer(pairs[first], "equal")
+    world.look(SETTLED)
+    world.answer(pairs[second], "equal")
+    world.call("POST", "/api/people", {"who": "Ann", "barred": True}, "admin", 204)
+    assert world.answer(pairs[third], "equal")["counted"] is False
+    world.look(SETTLED)
+    reopen(world)
+    world.look(label_server.LEASE + 1)
+    assert run.answers() == {first: 0.5}
+    assert {world.claim("Bob")["pair"] for _ in range(2)} == {second, third}  # they are open to others
+    (ann,) = world.call("GET", "/api/stats", role="admin")["labellers"]
+    assert (ann["barred"], ann["answers"], ann["trained"]) == (True, 3, 1)
+    assert [event["barred"] for event in world.journal()] == [True] * 3
+    world.call("POST", "/api/people", {"who": "Ann", "barred": False}, "admin", 204)
+    fourth = world.ask(run)
+    assert world.answer(world.claim(), "equal")["counted"]
+    world.look(SETTLED)
+    assert run.answers() == {first: 0.5, fourth: 0.5}
+
+
+def test_a_run_is_paused_and_put_away(world):
+    run = world.run()
+    world.ask(run)
+    for setting in ("paused", "archived"):
+        body = {"run": run.folder.name, "paused": False, "archived": False}
+        world.call("POST", "/api/runs", body | {setting: True}, "admin", 204)
+        reopen(world)
+        assert world.claim() is None
+        assert len(world.progress()["runs"]) == (setting == "paused")
+        world.call("POST", "/api/runs", body, "admin", 204)
+    world.call("POST", "/api/runs", body | {"run": "../other"}, "admin", 410)
+    assert world.claim()
+
+
+def test_who_answers_too_fast_or_at_chance_is_flagged(world):
+    """A clip takes 5 / 20 seconds."""
+    run = world.run()
+    random.seed(1)
+    for who, seconds, right in (("careful", 2.0, 1.0), ("hasty", 0.2, 1.0), ("guessing", 2.0, 0.5)):
+        for _ in range(24):
+            world.ask(run, sums=(1.0, 2.0))
+            pair = world.claim(who)
+            better = pair["sums"].index(2.0)
+            world.answer(
+                pair, ("left", "right")[better if random.random() < right else 1 - better], who, seconds=seconds
+            )
+    stats = world.call("GET", "/api/stats", role="admin")
+    warnings = {of["labeller"]: of["warnings"] for of in stats["labellers"]}
+    assert warnings == {"careful": [], "hasty": ["faster than a clip"], "guessing": ["true: near chance"]}
+    assert {doubt["why"] for doubt in stats["doubts"]} == {"against the true sums"}
+    assert {said[0] for doubt in stats["doubts"] for said in doubt["said"]} == {"guessing"}
+    assert all(doubt["sums"] == [1.0, 2.0] for doubt in stats["doubts"])
+
+
+def test_the_csv_has_the_answers_that_stand(world):
+    run = world.run()
+    for _ in range(2):
+        world.ask(run, sums=(1.0, 2.0))
+    world.undo(world.answer(world.claim("=1+1"), "left", "=1+1")["id"], "=1+1")
+    world.answer(world.claim("Bob"), "equal", "Bob")
+    rows = list(csv.DictReader(world.call("GET", "/export.csv", role="admin").text.splitlines()))
+    assert [[row[name] for name in ("labeller", "answer", "mu", "sum_first")] for row in rows] == [
+        ["Bob", "equal", "0.5", "1.0"]
+    ]
+    world.answer(world.claim("=1+1"), "equal", "=1+1")
+    rows = list(csv.DictReader(world.call("GET", "/export.csv", role="admin").text.splitlines()))
+    assert [row["labeller"] for row in rows] == ["Bob", "'=1+1"]  # no formula in a spreadsheet
+
+
 # Security -------------------------------------------------------------------------------------------------------------
 PATHS = {
     ("POST", "/api/claim"): "labeller",
@@ -739,8 +813,8 @@ PATHS = {
     ("GET", "/api/stats"): "admin",
     ("GET", "/export.jsonl"): "admin",
     ("GET", "/export.csv"): "admin",
-    ("POST", "/api/people/{id}"): "admin",
-    ("POST", "/api/runs/{id}"): "admin",
+    ("POST", "/api/people"): "admin",
+    ("POST", "/api/runs"): "admin",
 }
 
 

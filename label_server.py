@@ -1435,17 +1435,18 @@ canvas { width: min(100cqw, 100cqh * var(--aspect)); aspect-ratio: var(--aspect)
 .films { display: flex; flex-wrap: wrap; gap: 14px; justify-content: center; margin: 12px 0; }
 .films:empty { display: none; }
 .films figure { margin: 0; text-align: center; color: var(--soft); font-size: .9rem; }
-.films canvas { width: auto; height: 150px; display: block; margin: 0 auto 4px; }
+.films canvas { width: auto; height: min(150px, 22vh); display: block; margin: 0 auto 4px; }
 body:not([data-state=label]) :is(.clip, #seek, footer) { visibility: hidden; }
 body:not([data-state=label]) #notice { display: grid; }
 #seek { height: 3px; background: var(--line); border-radius: 2px; overflow: hidden; }
 #seek i { display: block; height: 100%; background: var(--accent); transform: scaleX(0); transform-origin: left; }
-footer { display: grid; grid-template-columns: minmax(0, 1fr) auto minmax(max-content, 1fr); }
-footer > div { display: flex; gap: 8px; align-items: center; min-width: 0; }
+footer { display: grid; grid-template-columns: minmax(max-content, 1fr) auto minmax(max-content, 1fr); }
+footer > div { display: flex; gap: 8px; align-items: center; }
 footer > div:last-child { justify-content: flex-end; }
 footer > :not(.choices) button { padding: 5px 10px; font-size: .9em; color: var(--soft); }
 .choices button { min-width: clamp(90px, 13vw, 170px); padding: 11px 16px; }
-#said { opacity: 0; color: var(--accent); overflow: hidden; text-overflow: ellipsis; line-height: 1.2; }
+#said { position: fixed; top: 8px; left: 50%; transform: translateX(-50%); max-width: 90vw; padding: 6px 16px;
+  border-radius: 10px; background: var(--accent); color: light-dark(#fff, #0b1220); opacity: 0; pointer-events: none; }
 dialog { background: var(--panel); color: var(--text); border: 1px solid var(--line); border-radius: 16px;
   padding: 26px 30px; width: min(620px, calc(100vw - 24px)); max-height: calc(100dvh - 24px); overflow: auto; }
 dialog::backdrop { background: #0009; }
@@ -1461,12 +1462,13 @@ dialog input { flex: 1; min-width: 0; background: var(--ground); }
   .choices button { min-width: 0; padding: 8px 10px; }
   footer > :not(.choices) button { padding: 5px 7px; }
   footer > div { gap: 5px; }
+  footer > div:last-child kbd { display: none; }
 }
 @media (orientation: portrait) {
   .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
   header { gap: 2px 12px; font-size: .9em; }
   #question { width: 100%; }
-  footer { grid-template-columns: minmax(0, 1fr) auto; }
+  footer { grid-template-columns: auto 1fr; }
   .choices { grid-column: 1 / -1; grid-row: 1; }
   .choices button { flex: 1; padding: 14px 8px; }
 }
@@ -1480,7 +1482,8 @@ dialog input { flex: 1; min-width: 0; background: var(--ground); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; max-width: 16em; overflow: hidden; text-overflow: ellipsis; }
+th:first-child, td:first-child { text-align: left; max-width: 20em; overflow: hidden; text-overflow: ellipsis; }
+td div { white-space: normal; }
 td small { color: var(--soft); }
 .warn { color: light-dark(#a34700, #f2a65a); }
 svg { width: min(100%, 500px); height: auto; margin: 6px 14px 6px 0; font-size: 11px; fill: var(--soft); }
@@ -1661,7 +1664,8 @@ function paint() {
     $("budget").lastChild.textContent = `${run.labels_used} of ${run.labels} labels`;
   }
   const {today, per_minute} = standing || {};
-  $("own").textContent = today ? `${today} by you today, ${Math.round(per_minute)} a minute` : "";
+  const pace = per_minute >= 0.5 ? `, ${Math.round(per_minute)} a minute` : "";
+  $("own").textContent = today ? `${today} by you today${pace}` : "";
   if (state() === "start") return;
   $("notice").querySelector("span").textContent = state() === "stranger"
     ? "Please open the link that you were given: this page needs its token."
@@ -1726,7 +1730,7 @@ async function askName() {
   setState("name");
   const films = $("dialog").querySelector(".films"), why = [
     "You will see two short clips of an agent at work, side by side. Say which one is better: it learns from your "
-    + "answers alone. Here it is the left one, whose dot reaches the ring."];
+    + "answers alone. Here it is the one whose dot reaches the ring."];
   let name = "";
   while (!name) {
     example(films);
@@ -1743,7 +1747,7 @@ async function askName() {
 
 function example(films) {
   const clip = {frames: 30, width: 160, height: 110, columns: 30, fps: 15, pixelated: false};
-  const paths = {"← better": (t) => [30 + 85 * t, 85 - 50 * t], "→": (t) => [40 + 15 * Math.sin(9 * t), 85]};
+  const paths = {"this one is better": (t) => [30 + 85 * t, 85 - 50 * t], "this one stays where it was": (t) => [40 + 15 * Math.sin(9 * t), 85]};
   films.replaceChildren();
   for (const [caption, path] of Object.entries(paths)) {
     const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
@@ -2096,12 +2100,12 @@ function table(parent, head, rows) {
   for (const title of [head, ...COLUMNS.map(([title]) => title)]) put(line, "th", title);
   for (const [name, stats, more] of rows) {
     const line = put(element, "tr");
-    put(line, "td", name, {title: name});
+    const first = put(line, "td", name, {title: name});
+    if (more) more(put(first, "div"));
     for (const [, read] of COLUMNS) {
       const value = read(stats), cell = put(line, "td", value?.n === undefined ? value : percent(value.share));
       if (value?.n !== undefined) put(cell, "small", interval(value));
     }
-    if (more) more(put(line, "td"));
   }
 }
 
@@ -2203,7 +2207,7 @@ async function refresh() {
   put(main, "h1", "Labels");
   const legend = put(main, "p", "Small: 95 % interval in per cent, and number of answers. Same again: one person, "
     + "the same pair twice. Agree, κ (from 20 pairs on): one pair, two people. As true sums: decisive answers where "
-    + "the sums are known. Last: the share of the labels that is this person's. ");
+    + "the sums are known. Below a name: that person's share of the labels. ");
   put(legend, "a", "all answers (JSON lines)", {href: "export.jsonl"});
   put(legend, "a", "those that stand (CSV)", {href: "export.csv"});
   const total = labellers.reduce((sum, stats) => sum + stats.trained, 0);

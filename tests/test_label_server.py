@@ -790,13 +790,14 @@ def test_the_csv_has_the_answers_that_stand(world):
     run = world.run()
     for _ in range(2):
         world.ask(run, sums=(1.0, 2.0))
-    world.undo(world.answer(world.claim("=1+1"), "left", "=1+1")["id"], "=1+1")
+    pair = world.claim("=1+1")
+    world.undo(world.answer(pair, "left", "=1+1")["id"], "=1+1")
     world.answer(world.claim("Bob"), "equal", "Bob")
     rows = list(csv.DictReader(world.call("GET", "/export.csv", role="admin").text.splitlines()))
     assert [[row[name] for name in ("labeller", "answer", "mu", "sum_first")] for row in rows] == [
         ["Bob", "equal", "0.5", "1.0"]
     ]
-    world.answer(world.claim("=1+1"), "equal", "=1+1")
+    world.answer(pair, "equal", "=1+1")
     rows = list(csv.DictReader(world.call("GET", "/export.csv", role="admin").text.splitlines()))
     assert [row["labeller"] for row in rows] == ["Bob", "'=1+1"]  # no formula in a spreadsheet
 

@@ -111,70 +111,47 @@ def check_args(args: Args) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What people are told (the gist of appendix B; the first line is the question above the clips)
+# What people are told: the gist of appendix B, as a question and three points
 # ----------------------------------------------------------------------------------------------------------------------
 GENERAL = """\
-Choose the clip in which better things happen.
-Judge only what you can see in the two clips. How the agent got there, its lives or its level do not matter.
-If both are about equally good, or equally bad, say so; that is an answer too. "Can't tell" is for pairs in which you \
-really don't see what is going on.
-You need not be sure. Most pairs take two or three seconds; the clips start again by themselves. A slip can be undone.
+Judge only what you see in the two clips: how the agent got there, its lives or its level do not matter.
+You need not be sure, and a slip can be undone. Equally good, or equally bad, is an answer too; "can't tell" is for \
+pairs in which you really don't see what is going on.
 """
-GAME = """\
-If the agent is already dead in all of a clip, take it for average play. If you see it die, or may be about to, that \
-is clearly bad. Playing the game yourself for five minutes beforehand helps.
-"""
-ROBOT = "The camera follows the robot: its speed shows in the floor that passes by.\n"
+GAME = "Dying, or being about to, is clearly bad; an agent that is dead all the time counts as average play."
+ROBOT = "The camera follows the robot: its speed shows in the floor that passes by."
 INSTRUCTIONS = {
-    "general": "Which clip is better?\n",
+    "general": "Which clip is better?\nChoose the clip in which better things happen.",
     "Hopper-v5": f"""Which hopper gets further to the right?
 Follow its centre, the joint next to the pointed end. Moving left is worse than standing still. If both get equally \
-far, the one whose centre stays higher is better.
-{ROBOT}""",
+far, the one whose centre stays higher is better. {ROBOT}""",
     "Walker2d-v5": f"""Which walker gets further to the right?
-Follow its centre, where the three limbs meet. If both get equally far, the one whose centre stays higher is better.
-{ROBOT}""",
-    "Swimmer-v5": f"""Which swimmer is faster to the right?
-Follow the mark in the middle of its body.
-{ROBOT}""",
-    "HalfCheetah-v5": f"""Which cheetah is faster to the right?
-{ROBOT}""",
+Follow its centre, where the three limbs meet. If both get equally far, the higher one is better. {ROBOT}""",
+    "Swimmer-v5": f"Which swimmer is faster to the right?\nFollow the mark in the middle of its body. {ROBOT}",
+    "HalfCheetah-v5": f"Which cheetah is faster to the right?\n{ROBOT}",
     "Ant-v5": f"""Which ant stands better?
 Standing upright comes first; if neither does, the one whose centre is higher is better. If both stand, the one that \
-is faster to the right is better.
-{ROBOT}""",
+is faster to the right is better. {ROBOT}""",
     "Reacher-v5": """In which clip is the green dot closer to the red one?
-All of the clip counts: a dot that starts near and drifts away is worse than one that keeps a middle distance.
-""",
+All of the clip counts: a dot that starts near and drifts away is worse than one that keeps a middle distance.""",
     "InvertedPendulum-v5": """Which pole points up more?
-Many pairs are ties, because both poles have fallen. If you see neither pole, you can't tell; one that you see upright \
-is better than one that you don't see.
-""",
+Many pairs are ties, as both poles have fallen. One that you see upright is better than one that you don't see.""",
     "InvertedDoublePendulum-v5": """Which double pole stands up better?
 Both poles should point up; after a fall, swinging back up is good, and so is a cart near the middle of its track. A \
-pole that is high and then low is worse than one at a medium height throughout.
-""",
+pole that is high and then low is worse than one at a medium height throughout.""",
     "ALE/BeamRider-v5": f"""Who shoots more ships without being hit?
-Shooting enemy ships is good. Being shot is very bad.
-{GAME}""",
+Shooting enemy ships is good. Being shot is very bad. {GAME}""",
     "ALE/Breakout-v5": f"""Who plays the better ball?
-Hitting the ball and breaking blocks is good. Losing the ball is bad.
-{GAME}""",
-    "ALE/Enduro-v5": """Who overtakes more cars?
-Passing other cars is good, being passed is bad. An empty road is fine.
-""",
+Hitting the ball and breaking blocks is good. Losing the ball is bad. {GAME}""",
+    "ALE/Enduro-v5": "Who overtakes more cars?\nPassing cars is good, being passed is bad. An empty road is fine.",
     "ALE/Pong-v5": """Which clip goes better for the green paddle?
-The ball past the orange paddle on the left is good. The ball past the green paddle, on the right, is bad.
-""",
+The ball past the orange paddle on the left is good. The ball past the green paddle, on the right, is bad.""",
     "ALE/Qbert-v5": f"""Who changes the colour of more blocks?
-Jumping on blocks that are not changed yet is good. Jumping off the edge or into an enemy is bad.
-{GAME}""",
+Jumping on new blocks is good. Jumping off the edge or into an enemy is bad. {GAME}""",
     "ALE/Seaquest-v5": f"""Who does better under water?
-Shooting fish and submarines is good, and so is picking up divers. Running out of air or being hit is bad.
-{GAME}""",
+Shooting fish and submarines and picking up divers is good. Running out of air or being hit is bad. {GAME}""",
     "ALE/SpaceInvaders-v5": f"""Who shoots more invaders without being hit?
-Shooting invaders is good. Being shot is bad.
-{GAME}""",
+Shooting invaders is good. Being shot is bad. {GAME}""",
 }
 
 
@@ -1436,6 +1413,15 @@ canvas { width: min(100cqw, 100cqh * var(--aspect)); aspect-ratio: var(--aspect)
 .films:empty { display: none; }
 .films figure { margin: 0; text-align: center; color: var(--soft); font-size: .9rem; }
 .films canvas { width: auto; height: min(150px, 22vh); display: block; margin: 0 auto 4px; }
+.example { position: relative; width: 160px; height: 100px; margin: 0 auto 4px; border-radius: 6px;
+  background: #1c2430; }
+.example::before, .example::after { content: ""; position: absolute; border-radius: 50%; }
+.example::before { left: 105px; top: 18px; width: 28px; height: 28px; border: 4px solid #f2c26b; }
+.example::after { left: 22px; top: 70px; width: 14px; height: 14px; background: #8ab4f8;
+  animation: arrives 2.4s infinite; }
+.stays::after { animation-name: stays; }
+@keyframes arrives { 70%, 100% { transform: translate(90px, -45px); } }
+@keyframes stays { 30%, 90% { transform: translateX(18px); } 60% { transform: translateX(-6px); } }
 body:not([data-state=label]) :is(.clip, #seek, footer) { visibility: hidden; }
 body:not([data-state=label]) #notice { display: grid; }
 #seek { height: 3px; background: var(--line); border-radius: 2px; overflow: hidden; }
@@ -1452,6 +1438,7 @@ dialog { background: var(--panel); color: var(--text); border: 1px solid var(--l
 dialog::backdrop { background: #0009; }
 dialog h2 { margin: 0 0 8px; font-size: 1.25em; }
 dialog p { margin: 0 0 10px; }
+.points p:not(:last-child) { display: list-item; margin-left: 1.2em; }
 dialog form { display: flex; gap: 10px; margin-top: 18px; }
 dialog form button { background: var(--accent); color: light-dark(#fff, #0b1220); font-weight: 600; }
 dialog input { flex: 1; min-width: 0; background: var(--ground); }
@@ -1462,7 +1449,6 @@ dialog input { flex: 1; min-width: 0; background: var(--ground); }
   .choices button { min-width: 0; padding: 8px 10px; }
   footer > :not(.choices) button { padding: 5px 7px; }
   footer > div { gap: 5px; }
-  footer > div:last-child kbd { display: none; }
 }
 @media (orientation: portrait) {
   .label main { grid-template: 1fr 1fr / 1fr; gap: 8px; }
@@ -1472,7 +1458,8 @@ dialog input { flex: 1; min-width: 0; background: var(--ground); }
   .choices { grid-column: 1 / -1; grid-row: 1; }
   .choices button { flex: 1; padding: 14px 8px; }
 }
-@media (pointer: coarse), (max-width: 559px) { kbd { display: none; } }
+@media (max-width: 899px) { footer > div:last-child kbd { display: none; } }
+@media (pointer: coarse), (max-width: 619px) { kbd { display: none; } }
 .stats { max-width: 1150px; margin: 0 auto; padding: 24px; }
 .stats h2 { margin: 34px 0 8px; font-size: 1.1em; }
 .stats p { color: var(--soft); overflow-wrap: anywhere; }
@@ -1701,6 +1688,7 @@ function show(title, paragraphs, name) {
     return p;
   }));
   const asks = name !== undefined;
+  text.classList.toggle("points", !asks);
   [input.hidden, input.value, ok.textContent] = [!asks, name || "", asks ? "start" : "go on"];
   $("dialog").showModal();
   (asks ? input : ok).focus({preventScroll: true});
@@ -1733,7 +1721,11 @@ async function askName() {
     + "answers alone. Here it is the one whose dot reaches the ring."];
   let name = "";
   while (!name) {
-    example(films);
+    for (const [path, caption] of [["arrives", "this one is better"], ["stays", "this one stays where it was"]]) {
+      const figure = films.appendChild(document.createElement("figure"));
+      figure.appendChild(document.createElement("div")).className = `example ${path}`;
+      figure.append(caption);
+    }
     name = await show("What is your name?", why, labeller);
   }
   if (name !== labeller) {
@@ -1743,31 +1735,6 @@ async function askName() {
   keep("labeller", labeller = name);
   present();
   fill();
-}
-
-function example(films) {
-  const clip = {frames: 30, width: 160, height: 110, columns: 30, fps: 15, pixelated: false};
-  const paths = {"this one is better": (t) => [30 + 85 * t, 85 - 50 * t], "this one stays where it was": (t) => [40 + 15 * Math.sin(9 * t), 85]};
-  films.replaceChildren();
-  for (const [caption, path] of Object.entries(paths)) {
-    const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
-    [sheet.width, sheet.height] = [clip.width * clip.columns, clip.height];
-    const circle = (x, y, radius) => {
-      context.beginPath();
-      context.arc(x, y, radius, 0, 2 * Math.PI);
-    };
-    for (let i = 0; i < clip.frames; i++) {
-      const left = i * clip.width, [x, y] = path(Math.min(1, 1.3 * i / clip.frames));
-      context.fillStyle = "#1c2430";
-      context.fillRect(left, 0, clip.width, clip.height);
-      [context.strokeStyle, context.lineWidth, context.fillStyle] = ["#f2c26b", 4, "#8ab4f8"];
-      circle(left + 115, 35, 14);
-      context.stroke();
-      circle(left + x, y, 7);
-      context.fill();
-    }
-    film(films, caption, sheet, clip);
-  }
 }
 
 // Pairs -------------------------------------------------------------------------------------------------------------

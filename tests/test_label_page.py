@@ -260,9 +260,10 @@ def test_a_first_visit_shows_an_example_and_asks_the_name(world, visit):
     one = visit(name=None)
     one.wait("name")
     assert "Say which one is better" in one.page.inner_text("dialog")
-    dot = "() => [...document.querySelectorAll('dialog canvas')].map((canvas) => canvas.toDataURL()).join()"
-    before = one.page.evaluate(dot)
-    one.page.wait_for_function(f"(before) => ({dot})() !== before", arg=before)  # it moves
+    example = "dialog .arrives"
+    before = one.page.locator(example).screenshot()
+    one.page.wait_for_timeout(500)
+    assert one.page.locator(example).screenshot() != before  # it moves
     one.page.keyboard.press("Escape")  # a name is needed
     one.page.fill("input", " <b>Ann</b> ")
     one.page.keyboard.press("Enter")

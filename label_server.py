@@ -46,6 +46,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import sqlalchemy as sa
@@ -339,20 +340,6 @@ def read_answers(run: Run) -> None:
             run.fresh.append(row)
 
 
-def settle(run: Run, barred: set[str]) -> None:
-    """Write what an earlier server had acknowledged and not written yet."""
-    if run.answers.exists():
-        append(run.answers, [])  # ends a torn line
-    rows, _ = read_lines(run.pending)
-    undone, kept = {row.get("undone") for row in rows}, {}
-    for row in rows:
-        if row.get("id") and row["id"] not in undone and row.get("who") not in barred:
-            kept.setdefault(row.get("pair"), row)
-    write_answers(run, list(kept.values()))
-    empty(run.pending)
-    run.settled = True
-
-
 def write_answers(run: Run, rows: list[dict]) -> None:
     read_answers(run)
     rows = [row for row in rows if row.get("pair") not in run.lines]
@@ -599,10 +586,10 @@ def look_into(store: Store, run: Run, args: Args) -> None:
                 store.tell(f"{run.folder}: {error}; that pair is not shown")
     with store.lock:
         if not run.settled:
-            settle(run, store.barred)
+            settle(store, run)
         read_answers(run)
         for number, sums in found.items():
-            if sums:
+            if sums and not store.pairs[run.name, number].sums:
                 key, shares = (run.name, number), {"repeat": args.repeat_frac, "overlap": args.overlap_frac}
                 pair = store.pairs[key]
                 pair.sums, pair.due = sums, {kind for kind, share in shares.items() if is_due(key, kind, share)}
@@ -615,11 +602,27 @@ def look_into(store: Store, run: Run, args: Args) -> None:
             store.write({"kind": "heldout", "run": run.name, "heldout": heard, "time": store.wall()})
 
 
+def settle(store: Store, run: Run) -> None:
+    """Write what an earlier server had acknowledged and not written yet."""
+    if run.answers.exists():
+        append(run.answers, [])  # ends a torn line
+    rows, _ = read_lines(run.pending)
+    undone, kept = {row["undone"]: row.get("by") for row in rows if "undone" in row}, {}
+    for row in rows:
+        if row.get("id") and row["id"] not in undone and row.get("who") not in store.barred:
+            kept.setdefault(row.get("pair"), row)
+    write_answers(run, list(kept.values()))
+    for answer in map(store.answers.get, undone):  # it was killed before this was in the log
+        if answer and answer.serving.answer is answer and undone[answer.id]:
+            store.write({"kind": "undo", "id": undone[answer.id], "answer": answer.id, "time": store.wall()})
+    empty(run.pending)
+    run.settled = True
+
+
 def take_up_answers(store: Store, run: Run) -> None:
     """Lines of answers.jsonl that the log may not have: it was removed, or somebody else wrote them."""
     rows = []
-    while run.fresh:
-        line = run.fresh.pop()
+    for line in run.fresh:
         key, pair = (run.name, line["pair"]), store.pairs[run.name, line["pair"]]
         made = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{line['pair']}").hex  # the same at every start
         answer = line["id"] if re.fullmatch("[0-9a-f]{32}", str(line.get("id"))) else made
@@ -637,6 +640,7 @@ def take_up_answers(store: Store, run: Run) -> None:
         rows.append({"kind": "answer"} | values | {"late": False, "counted": True, "seconds": seconds})
     if rows:
         store.write(*rows)
+    run.fresh.clear()
     store.pending = [a for a in store.pending if a.serving.run != run.name or a.serving.pair not in run.lines]
 
 
@@ -743,7 +747,7 @@ def claim(store: Store, body: "ClaimBody") -> Serving | None:
 
 def describe(store: Store, one: Serving, with_sums: bool) -> dict:
     """A serving as the page gets it; who may label does not learn the true sums."""
-    run = store.runs[one.run]
+    run = find_run(store, one.run)
     left, right = (f"api/clips/{one.run}/{one.pair}/{int(side != one.swapped)}" for side in (False, True))
     told = {"serving": one.id, "left": left, "right": right, "clip": run.clip, "task": run.env_id, "run": run.name}
     told["instructions"] = run.env_id if run.env_id in INSTRUCTIONS else "general"
@@ -759,8 +763,10 @@ def find_serving(store: Store, serving_id: str) -> Serving:
 
 def find_run(store: Store, name: str) -> Run:
     run = store.runs.get(name)
-    if not run or not run.settled or not run.answers.parent.is_dir():
+    if not run or not run.answers.parent.is_dir():
         raise HTTPException(410, "this pair is gone: its run was moved or deleted")
+    if not run.settled:
+        raise HTTPException(503, "this run can't be written to at the moment; try again")
     return run
 
 
@@ -823,7 +829,7 @@ def record_undo(store: Store, answer_id: str, body: "UndoBody") -> Serving | Non
     if answer not in store.pending:
         raise HTTPException(409, "the agent has learned from this answer already")
     if answer.counted:
-        append(find_run(store, one.run).pending, [{"undone": answer_id}])
+        append(find_run(store, one.run).pending, [{"undone": answer_id, "by": body.id}])
     store.write({"kind": "undo", "id": body.id, "answer": answer_id, "time": store.wall()})
     return one
 
@@ -831,9 +837,9 @@ def record_undo(store: Store, answer_id: str, body: "UndoBody") -> Serving | Non
 def bar(store: Store, who: str, barred: bool) -> None:
     """What a barred person said and the trainer does not have yet, and says from now on, trains nothing."""
     dropped = [a for a in store.pending if barred and a.counted and a.serving.who == who]
+    store.write({"kind": "person", "who": who, "barred": barred, "dropped": [answer.id for answer in dropped]})
     for answer in dropped:
         append(find_run(store, answer.serving.run).pending, [{"undone": answer.id}])
-    store.write({"kind": "person", "who": who, "barred": barred, "dropped": [answer.id for answer in dropped]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1075,8 +1081,6 @@ Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 Line = Annotated[str, StringConstraints(max_length=200, pattern=PRINTABLE)]
 Name = Annotated[str, StringConstraints(max_length=40, pattern=PRINTABLE, strip_whitespace=True)]
-
-
 Held = Annotated[list[Id], Field(max_length=MOST_HELD)]
 
 
@@ -1165,9 +1169,7 @@ class Guard:
             return 400, "this server does not go by that name; see --public-url"
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         by_bearer = scheme.lower() == "bearer"  # any other scheme is meant for a proxy before this server
-        cookies = [
-            request.cookies.get(f"{self.cookie}_{role}") for role in reversed(ROLES)
-        ]  # one browser may have both
+        cookies = [request.cookies.get(f"{self.cookie}_{role}") for role in reversed(ROLES)]  # a browser may have both
         found = [self.role_of(given) for given in ([token] if by_bearer else cookies) if given]
         request.state.role, request.state.by_bearer = next(filter(None, found), None), by_bearer
         if request.url.path in ("/", "/stats", "/openapi.json"):  # the pages look at the token of their link
@@ -1192,7 +1194,7 @@ def needs(role: str):
 
 
 def is_robot(request: Request) -> bool:
-    """The statistics' reader is shown no sums on the label page, which he may open in the same browser."""
+    """Who has the statistics open may label in the same browser, and is shown no sums there."""
     return request.state.role == "admin" and request.state.by_bearer
 
 
@@ -1220,19 +1222,19 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
     if hosts and args.public_url:
-        hosts.add(re.sub(r"^\w+://|(:\d+)?/?$", "", args.public_url).lower())  # as browsers send it
+        hosts.add(re.sub(r":\d+$", "", urlsplit(args.public_url).netloc).lower())  # as browsers send it
     stopping = threading.Event()
 
     def role_of(token: str) -> str | None:
-        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+        digest = hashlib.sha256(token.strip().encode(errors="surrogatepass")).digest()
         return next((role for role, known in digests.items() if hmac.compare_digest(known, digest)), None)
 
     def watch() -> None:
         while not stopping.wait(1.0):
             try:
                 look(store, args)
-            except OSError as error:
-                store.tell(f"{store.runs_dir} can't be read: {error.strerror}")
+            except Exception as error:  # whatever is wrong with one look, the next one may be better
+                store.tell(f"can't look at {store.runs_dir}: {error!r}")
 
     @asynccontextmanager
     async def lifespan(_):

@@ -294,6 +294,45 @@ def test_an_answer_to_a_pair_that_is_gone_is_told(world):
     world.call("GET", f"/{pair['left']}", expect=410)
 
 
+def test_a_run_that_comes_back_is_as_it_was(world):
+    run = world.run()
+    for _ in range(2):
+        world.ask(run)
+    pair = world.claim()
+    answer = world.answer(pair, "equal")["id"]
+    run.folder.rename(world.folder.parent / "away")
+    world.look()
+    world.undo(answer, expect=410)
+    assert world.claim() is None
+    (world.folder.parent / "away").rename(run.folder)
+    world.look(SETTLED)
+    assert run.answers() == {pair["pair"]: 0.5}
+    assert world.progress()["runs"][0]["open"] == 1
+    assert world.claim("Bob")
+    assert world.claim("Bob") is None
+
+
+def test_a_run_that_can_not_be_written_at_the_start_keeps_what_is_pending(world, monkeypatch):
+    run = world.run()
+    number = world.ask(run)
+    other = world.ask(run)
+    pairs = {pair["pair"]: pair for pair in (world.claim(), world.claim())}
+    world.answer(pairs[number], "equal")
+    world.close()
+    write = os.write
+    monkeypatch.setattr(label_server.os, "write", lambda file, data: write(file, data[:-1]))
+    world.open()
+    world.answer(pairs[other], "equal", expect=503)  # the page sends it again
+    monkeypatch.undo()
+    world.look()
+    assert run.answers() == {number: 0.5}
+    assert world.answer(pairs[other], "equal")["counted"]
+
+
+def test_a_token_may_have_white_space_around_it(world):
+    assert world.client.get("/", params={"token": TOKENS["labeller"] + "\n"}).status_code == 200
+
+
 # Whether a run lives --------------------------------------------------------------------------------------------------
 def test_a_run_is_served_while_its_trainer_is_there(world):
     run = world.run()
@@ -496,6 +535,22 @@ def test_an_answer_that_was_stored_and_not_acknowledged_is_stored_once(world, mo
     assert "learned" in world.undo(answer, expect=409)["detail"]
     world.look(SETTLED)
     assert len(run.lines()) == 1
+
+
+def test_an_undoing_that_was_stored_and_not_acknowledged_is_done(world, monkeypatch):
+    """Killed between pending.jsonl and the log: neither is the answer written, nor the undoing refused."""
+    run = world.run()
+    world.ask(run)
+    pair, undo = world.claim(), new_id()
+    answer = world.answer(pair, "equal")["id"]
+    monkeypatch.setattr(world.store, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.undo(answer, id=undo)
+    reopen(world)
+    assert world.undo(answer, id=undo)["pair"]["serving"] == pair["serving"]
+    world.look(SETTLED)
+    assert run.answers() == {}
+    assert world.answer(pair, "cant-tell")["counted"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(world, monkeypatch, capsys):
@@ -915,6 +970,8 @@ def test_on_loopback_only_local_names_are_answered(world, tmp_path):
         for host in ("labels.example.org:8443", "Labels.Example.org", "LOCALHOST"):
             assert world.client.get("/", headers={"host": host}).status_code == 401
         assert world.client.get("/", headers={"host": "example.org"}).status_code == 400
+    with contextlib.closing(World(tmp_path / "path", public_url="https://example.org:8443/labels/")) as world:
+        assert world.client.get("/", headers={"host": "example.org"}).status_code == 401
 
 
 def test_headers(world):

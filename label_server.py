@@ -578,7 +578,8 @@ def look_into(store: Store, run: Run, args: Args) -> None:
     look_at(run, store.clock(), store.wall())
     found = {}
     if run.live:
-        numbers = {int(path.stem) for path in run.answers.parent.glob("*.npz") if re.fullmatch(r"\d{8}", path.stem)}
+        names = os.listdir(run.answers.parent)
+        numbers = {int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.npz", name)}
         for number in sorted(numbers - run.seen):
             try:
                 found[number] = read_pair(run, number)
@@ -871,7 +872,7 @@ def notice(store: Store, who: str, name: str | None) -> str:
         return "The study is paused. This page goes on by itself when it does."
     soonest = min(served, key=lambda run: run.expected)
     then = "This page goes on by itself."
-    if soonest.expected < math.inf:
+    if -YOUNG < soonest.expected - store.clock() < math.inf:
         then = f"The next clips come {about(soonest.expected - store.clock())}."
     count = count_open(store, served)
     if count:
@@ -1621,7 +1622,6 @@ function present() {
       fit(canvas, shown.clip);
       if (!still.matches) canvas.animate({opacity: [0.2, 1]}, 140);
     }
-    if (document.hidden) document.title = "● Clips are here";
   }
   explain();
   draw();
@@ -1797,7 +1797,7 @@ async function fill() {
   if (filling || !labeller || state() === "stranger") return;
   filling = true;
   try {
-    while (held.length + arriving.length <= AHEAD && state() !== "stranger") {
+    while (held.length + arriving.length <= AHEAD && state() !== "stranger" && !document.hidden) {
       const pair = await claim(true);
       if (pair) take(pair).then(fill, () => setTimeout(fill, patience)).finally(paint);
       else if (held.length + arriving.length) break;
@@ -1966,6 +1966,7 @@ async function askProgress() {
   if (reply && reply.ok) {
     standing = await reply.json();
     showEnd(standing.end);
+    if (document.hidden && standing.runs.some((run) => run.open)) document.title = "● Clips are here";
   }
   paint();
 }
@@ -2004,9 +2005,10 @@ addEventListener("pointermove", () => document.body.classList.remove("fresh"));
 addEventListener("online", () => (flush(), fill()));
 addEventListener("pageshow", (event) => event.persisted && (sessionStorage.removeItem("page"), comeBack()));
 addEventListener("visibilitychange", () => {
-  if (document.hidden) return;
+  if (document.hidden) return letGo();  // a phone may never say more of a page than this
   document.title = "Which clip is better?";
   comeBack();
+  fill();
 });
 
 async function start() {
@@ -2037,7 +2039,7 @@ async function start() {
   report();
   fill();
   setInterval(beat, HEARTBEAT);
-  setInterval(() => document.hidden || (report(), fill()), 10_000);
+  setInterval(() => (report(), fill()), 10_000);
 }
 start();
 """

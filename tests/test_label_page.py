@@ -87,6 +87,10 @@ class Visit:
         self.next(serving)
         return serving
 
+    def hide(self, hidden):
+        define = f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})"
+        self.page.evaluate(define + "; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))")
+
     def sent(self):
         """Wait until the server has acknowledged everything."""
         kept = "Object.keys(localStorage).filter((key) => key.startsWith('out:')).length"
@@ -437,17 +441,13 @@ def test_who_comes_back_answers_nothing_that_others_have_answered(world, visit, 
     one.page.wait_for_function("() => held.length === 3")
     stale = one.serving()
 
-    def hide(hidden):
-        define = f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})"
-        one.page.evaluate(define + "; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))")
-
     if how == "tab":
-        hide("true")
+        one.hide("true")
     one.page.evaluate("touchedAt -= IDLE")
     world.now += label_server.LEASE + 1
     world.answer(world.claim("Bob"), "equal", "Bob")  # the newest, which Ann has before her
     if how == "tab":
-        hide("false")
+        one.hide("false")
     one.page.click("#left") if how == "click" else one.page.keyboard.press("ArrowLeft")
     one.next(stale)
     one.do(lambda: one.page.keyboard.press("ArrowRight"))
@@ -791,6 +791,26 @@ def test_a_closed_tab_lets_go_of_its_pair(world, visit):
     other.page.wait_for_timeout(1000)
     world.now += label_server.RELOAD + 1
     other.wait()
+
+
+def test_a_tab_in_the_background_leaves_the_pairs_to_others(world, visit):
+    put(world, 1)
+    one = visit()
+    one.wait()
+    pair = one.serving()
+    one.hide("true")
+    one.page.wait_for_timeout(500)
+    one.hide("false")  # at once again: nobody else got it
+    one.page.wait_for_timeout(500)
+    assert one.serving() == pair
+    one.hide("true")
+    one.page.wait_for_timeout(500)
+    world.now += label_server.RELOAD + 1
+    assert world.claim("Bob")
+    one.page.evaluate("askProgress()")
+    one.page.wait_for_function("() => document.title === '● Clips are here'")
+    one.hide("false")
+    one.wait("waiting")
 
 
 def test_a_stopped_run_leaves_the_screen_and_comes_back(world, visit):

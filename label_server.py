@@ -1519,7 +1519,8 @@ const ask = (url, more) => fetch(url, {signal: AbortSignal.timeout(TIMEOUT), ...
 const post = (url, body, more) => ask(url, {method: "POST", headers: {"content-type": "application/json"},
   body: JSON.stringify(body), ...more});
 const link = new URLSearchParams(location.search).get("run");  // the run that this link is for
-history.replaceState(null, "", location.pathname);  // the token stays in the cookie only
+// The token stays in the cookie only
+history.replaceState(null, "", location.pathname + (link ? `?run=${encodeURIComponent(link)}` : ""));
 
 async function load(url) {
   const reply = await ask(url);

@@ -813,6 +813,33 @@ def test_a_tab_in_the_background_leaves_the_pairs_to_others(world, visit):
     one.wait("waiting")
 
 
+def test_a_slow_line_is_told_and_keeps_no_claim_waiting(world, visit):
+    put(world, 9)
+    one, pictures = visit(path="/nowhere"), []
+    one.page.wait_for_timeout(300)
+    one.problems.clear()
+    one.page.route("**/api/clips/**", lambda route: pictures.append(route))
+    one.page.goto(world.url + LINK)
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('on their way')")
+    one.page.wait_for_function("() => arriving.length === 3")
+    for route in pictures:
+        route.continue_()
+    one.wait()
+
+
+def test_the_link_of_a_run_shows_that_run_after_a_reload_too(world, visit):
+    run, _ = put(world, 9)
+    put(world, 9)
+    one = visit(path=f"{LINK}&run={run.folder.name}")
+    one.wait()
+    one.page.reload()
+    one.wait()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert TOKENS["labeller"] not in one.page.url
+    assert {event["run"] for event in world.journal()} == {run.folder.name}
+
+
 def test_a_stopped_run_leaves_the_screen_and_comes_back(world, visit):
     run, _ = put(world, 2)
     one = visit()

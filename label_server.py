@@ -335,7 +335,8 @@ def read_answers(run: Run) -> None:
     rows, run.position = read_lines(run.answers, run.position)
     for row in rows:
         number, mu = row.get("pair"), row.get("mu", "")
-        if type(number) is int and mu in SAID and number not in run.lines:
+        is_answer = type(number) is int and isinstance(mu, float | int | None) and mu in SAID
+        if is_answer and number not in run.lines:
             run.lines[number] = row
             run.fresh.append(row)
 
@@ -610,8 +611,8 @@ def settle(store: Store, run: Run) -> None:
     rows, _ = read_lines(run.pending)
     undone, kept = {row["undone"]: row.get("by") for row in rows if "undone" in row}, {}
     for row in rows:
-        if row.get("id") and row["id"] not in undone and row.get("who") not in store.barred:
-            kept.setdefault(row.get("pair"), row)
+        if "id" in row and row["id"] not in undone and row["who"] not in store.barred:
+            kept.setdefault(row["pair"], row)
     write_answers(run, list(kept.values()))
     for answer in map(store.answers.get, undone):  # it was killed before this was in the log
         if answer and answer.serving.answer is answer and undone[answer.id]:
@@ -624,6 +625,8 @@ def take_up_answers(store: Store, run: Run) -> None:
     """Lines of answers.jsonl that the log may not have: it was removed, or somebody else wrote them."""
     rows = []
     for line in run.fresh:
+        if line.get("loaded"):  # of another run
+            continue
         key, pair = (run.name, line["pair"]), store.pairs[run.name, line["pair"]]
         made = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{line['pair']}").hex  # the same at every start
         answer = line["id"] if re.fullmatch("[0-9a-f]{32}", str(line.get("id"))) else made
@@ -655,15 +658,14 @@ def release(store: Store, everything: bool = False) -> None:
         run = store.runs.get(run_name)
         mine = [answer for answer in store.pending if answer.serving.run == run_name]
         ripe = [a for a in mine if everything or a.ripe <= store.clock() or is_followed(store, a)]
-        lines = [line_of(answer) for answer in ripe if answer.counted]
+        if run is None:
+            store.tell(f"{store.runs_dir / run_name} is gone; answers wait for it")
+            continue
         try:
-            if lines:
-                write_answers(run or find_run(store, run_name), lines)
+            write_answers(run, [line_of(answer) for answer in ripe if answer.counted])
             store.pending = [answer for answer in store.pending if answer not in ripe]
-            if run and not any(answer.counted for answer in store.pending if answer.serving.run == run_name):
+            if not any(answer.counted for answer in store.pending if answer.serving.run == run_name):
                 empty(run.pending)
-        except HTTPException:
-            store.tell(f"{store.runs_dir / run_name} is gone; {len(lines)} answers wait for it")
         except OSError as error:
             store.tell(f"answers wait, as {run.answers} can't be written: {error.strerror}")
 

@@ -93,6 +93,8 @@ def test_pairs_without_pictures_and_runs_without_people_are_passed_over(world):
     assert world.claim()["pair"] == 1
     assert world.claim() is None
     assert oracle.folder.name not in world.store.runs
+    assert world.call("GET", "/api/stats", role="admin")["labellers"] == []
+    assert world.progress()["runs"][0]["labels_used"] == 0
 
 
 @pytest.mark.parametrize(
@@ -440,8 +442,9 @@ def test_the_first_line_of_a_pair_counts_whoever_wrote_it(world):
     world.answer(pairs[first], "equal")
     with open(run.folder / "preferences" / "answers.jsonl", "a") as file:
         file.write(f'nonsense\n{{"pair": {first}, "mu": 1.0}}\n{{"pair": {second}, "mu": 0.0, "who": 3}}\n[]\n')
+        file.write('{"pair": [], "mu": []}\n{"pair": 9, "mu": []}\n{"pair": "9", "mu": 1}\n{"pair": 9, "mu": 0.3}\n')
     world.look(SETTLED)
-    assert run.folder.joinpath("preferences/answers.jsonl").read_text().count("\n") == 4
+    assert run.folder.joinpath("preferences/answers.jsonl").read_text().count("\n") == 8
     assert world.answer(pairs[second], "equal")["counted"] is False
     world.look(label_server.LEASE)
     assert world.claim("Bob") is None

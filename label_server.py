@@ -881,13 +881,13 @@ def notice(store: Store, who: str, name: str | None) -> str:
         whose = "The only open pair is" if count == 1 else f"All {count} open pairs are"
         return f"{whose} with others at the moment. {then}"
     phase = soonest.status.phase if soonest.status else "initial"
+    if phase == "waiting" or (soonest.status and soonest.status.wanted is not None):
+        return "All open pairs are answered. The agent goes on with them in a few seconds."
     if phase == "pretraining":
         done = f", {soonest.status.progress:.0%} done" if soonest.status.progress is not None else ""
         return f"The agent studies all answers so far{done}. {then}"
     if phase == "initial":
         return f"The agent makes its first moves. {then}"
-    if phase == "waiting":
-        return "All open pairs are answered. The agent goes on with them in a few seconds."
     return f"No clips to compare right now: the agent is training. {then}"
 
 

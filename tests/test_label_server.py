@@ -724,6 +724,7 @@ def test_every_waiting_text_is_true(world):
     assert told().startswith("The only open pair is with others at the moment.")
     world.answer(pair, "equal")
     assert told(phase="waiting") == "All open pairs are answered. The agent goes on with them in a few seconds."
+    assert told(phase="initial", wanted=2) == told(phase="waiting", wanted=None)
     studies = told(phase="pretraining", progress=0.4, seconds_to_next_pairs=100.0)
     assert studies == "The agent studies all answers so far, 40% done. The next clips come in about 2 minutes."
     world.now += 70

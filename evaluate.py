@@ -75,21 +75,6 @@ def open_run(args: Args) -> tuple:
     return script, run, used
 
 
-def build(script, envs, used, state: dict) -> tuple:
-    """Policy, reward model, and the actions that there are. Nothing but this knows one script from another."""
-    if hasattr(envs, "games"):
-        agent, space = script.Agent(envs.num_actions, used.bf16), envs.games.single_action_space
-        ensemble = script.RewardEnsemble(used.members, used.dropout, 0.0, used.bf16)
-        layout = {"memory_format": torch.channels_last}
-    else:
-        bounds, space = map(torch.as_tensor, (envs.low, envs.high)), envs.tasks[0].action_space
-        agent, layout = script.Agent(envs.num_obs, *bounds), {}
-        ensemble = script.RewardEnsemble(envs.num_obs + len(envs.low), used.members, 0.0)
-    agent.load_state_dict(state["agent"])
-    ensemble.load_state_dict(state["ensemble"])
-    return agent.to(used.device, **layout), ensemble.to(used.device, **layout), space
-
-
 class Recorder:
     """Stands before the environments of an evaluation, and keeps the first episode of the first one."""
 
@@ -198,7 +183,9 @@ def evaluate(args: Args) -> dict:
     torch.set_num_threads(used.threads)
     try:
         recorder = Recorder(script.Envs(used, used.eval_episodes))
-        agent, ensemble, space = build(script, recorder.envs, used, state)
+        agent, ensemble = script.make_models(used, recorder.envs)
+        agent.load_state_dict(state["agent"])
+        ensemble.load_state_dict(state["ensemble"])
         step = 0 if args.random else state["progress"]["global_step"]
         folder.mkdir(exist_ok=True)
     except Exception as error:  # no such task or device here, a checkpoint of another run, no right to write
@@ -206,6 +193,8 @@ def evaluate(args: Args) -> dict:
     for old in folder.glob("episode.*"):  # what is not drawn anew would be of another score
         old.unlink()
     if args.random:
+        envs = recorder.envs
+        space = envs.games.single_action_space if hasattr(envs, "games") else envs.tasks[0].action_space
         space.seed(used.seed)
         agent.get_action_and_value = lambda x: [torch.as_tensor(np.stack([space.sample() for _ in x]))]
     try:

@@ -73,7 +73,8 @@ REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
 SAVE_SECONDS = 60  # between two checkpoints, at least
-SHOWN = ("losses/entropy", "labels/used", "labels/ties", "reward_model/accuracy_heldout", "reward_model/correlation")
+SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
+SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_model/correlation"}
 CLIP = {"width": 384, "height": 384, "columns": 5, "pixelated": False}  # what people see of a clip
 
 
@@ -949,7 +950,7 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
     while stale < 4 and presented < args.pretrain_pairs:
-        tell("pretraining", preferences, progress, args, share=presented / args.pretrain_pairs)
+        tell("pretraining", preferences, progress, args, progress=presented / args.pretrain_pairs)
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
@@ -1104,13 +1105,13 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, object]:
     return run_dir, lock, wandb_run
 
 
-def tell(phase: str, preferences: Preferences, progress: Progress, args: Args, **more) -> None:
+def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **more) -> None:
     """status.json, what the label page tells of a run of people. Phases: initial, pretraining, training, finished; with
     `wanted`, it stands still until so many labels have come."""
     if args.human:
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
-        status |= {"global_step": progress.iteration * args.batch_size} | more
+        status |= {"global_step": counts.iteration * args.batch_size, "progress": None} | more
         write_json(Path(args.resume) / "status.json", status)
 
 
@@ -1260,6 +1261,8 @@ def train(args: Args) -> dict:
         print(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
     started = time.monotonic() - progress.wall_seconds
 
+    tell("initial" if is_new else "training", preferences, progress, args)
+
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
     if is_new and not args.true_reward:
         if args.reward_model:
@@ -1352,7 +1355,9 @@ def train(args: Args) -> dict:
 
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
-        tell("training", preferences, progress, args)
+        accuracy = float(reward_log.get("accuracy_heldout", math.nan)) if args.human else math.nan
+        accuracy = accuracy if math.isfinite(accuracy) else None
+        tell("training", preferences, progress, args, labels_due=due, accuracy_heldout=accuracy)
         scalars = {}
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0)
@@ -1373,10 +1378,9 @@ def train(args: Args) -> dict:
             left = (total_steps - step) / speed / 3600
             line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
             line += f"  return {np.mean(progress.returns or math.nan):.1f}"
-            print(line, *(f" {name} {scalars[name]:.4g}" for name in SHOWN if name in scalars), flush=True)
+            print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             for message, bad in {
                 "nine of ten labels are ties: they teach little": scalars.get("labels/ties", 0) > 0.9,
-                "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,
                 "the reward model judges by chance": scalars.get("reward_model/accuracy_heldout", 1) < 0.55,
             }.items():
                 if bad and message not in warned:

@@ -266,7 +266,7 @@ def test_every_ablation_trains_parameters_of_its_own(tmp_path, quick):
     ends, initial, pretrain = [], [], script.pretrain
     quick.setattr(script, "pretrain", lambda e, o, p, *rest: initial.append(p.used) or pretrain(e, o, p, *rest))
     for ablation in script.Ablation.__args__:
-        summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation)
+        summary = run(tmp_path / ablation, *FEEDBACK, "--total-timesteps", "1280", "--ablation", ablation)
         run_dir = only(tmp_path / ablation)
         assert summary["labels_used"] == 48 and summary["ablation"] == ablation and np.isfinite(summary["reward_loss"])
         ensemble = script.read_checkpoint(run_dir)["ensemble"]
@@ -435,10 +435,10 @@ def test_every_task_of_the_paper_trains(tmp_path, quick, env_id):
     quick.setattr(script, "evaluate", lambda *_: np.zeros(1))
     paid, gae = [], script.compute_gae
     quick.setattr(script, "compute_gae", lambda *given: paid.append(given[0].clone()) or gae(*given))
-    flags = ["--oracle", "--labels", "8", "--total-timesteps", "2560", "--query-pool-steps", "4000"]
+    flags = ["--oracle", "--labels", "8", "--total-timesteps", "1280", "--query-pool-steps", "4000"]
     summary = run(tmp_path / "runs", *flags, "--env-id", env_id, small=small)
     assert summary["labels_used"] == 8 and np.isfinite(summary["v_loss"]) and summary["reward_correlation"] is not None
-    assert all(rewards.isfinite().all() and rewards.std() < 1 for rewards in paid) and len(paid) == 20
+    assert all(rewards.isfinite().all() and rewards.std() < 1 for rewards in paid) and len(paid) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # MuJoCo likes to leave a log
 
 
@@ -792,7 +792,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
 def test_a_broken_run_tells_the_shell(tmp_path):
     done = outside(*SMALL, *FEEDBACK, "--learning-rate", "100", "--runs-dir", str(tmp_path))
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert "ppo_mujoco_rlhf: the policy's" in done.stderr and "is not finite after step" in done.stderr
+    assert done.stderr.startswith("ppo_mujoco_rlhf: ") and "is not finite after step" in done.stderr
 
 
 @pytest.mark.parametrize("renderer", ["foo", "osmesa"])
@@ -806,16 +806,11 @@ def test_people_get_a_sentence_where_nothing_can_be_drawn(tmp_path, renderer):
     assert len(done.stderr.strip().splitlines()) == 1 and "no pictures can be drawn here" in done.stderr
 
 
-def test_training_needs_nothing_that_draws(tmp_path):
-    flags = [*SMALL, "--true-reward", "--total-timesteps", "640", "--runs-dir", str(tmp_path)]
-    done = outside(*flags, MUJOCO_GL="foo")
-    assert done.returncode == 0 and not done.stderr and (only(tmp_path) / "summary.json").exists()
-
-
-def test_a_copy_of_the_script_is_a_script_of_its_own(tmp_path):
+def test_a_copy_of_the_script_is_a_script_of_its_own_and_training_needs_nothing_that_draws(tmp_path):
     shutil.copy(script.__file__, tmp_path / "my_ppo.py")
     flags = [*SMALL, "--oracle", "--labels", "4", "--total-timesteps", "640", "--runs-dir", str(tmp_path / "runs")]
-    done = subprocess.run([sys.executable, str(tmp_path / "my_ppo.py"), *flags], capture_output=True, text=True)
+    command, environment = [sys.executable, str(tmp_path / "my_ppo.py"), *flags], os.environ | {"MUJOCO_GL": "foo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stderr, done.stderr
     run_dir = only(tmp_path / "runs")
     assert "__my_ppo__" in run_dir.name and (run_dir / "my_ppo.py").exists()

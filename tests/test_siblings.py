@@ -17,7 +17,8 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 
 # In all scripts, with the same text
 SHARED = """
-    SCRIPT CORES QUERY_BATCH QUERY_CANDIDATES OPEN_PAIRS REWARD_MINIBATCHES STATISTICS_ROWS STD_FLOOR SAVE_SECONDS SHOWN
+    SCRIPT CORES QUERY_BATCH QUERY_CANDIDATES OPEN_PAIRS REWARD_MINIBATCHES STATISTICS_ROWS STD_FLOOR SAVE_SECONDS
+    SHOWN FIXED
     fail within Count Number Share Weight Positive Ablation
     sprite_sheet
     layer_init
@@ -25,7 +26,8 @@ SHARED = """
     preference_probability preference_loss label_losses disagreement bootstrap_weights teacher_answer label_schedule
     compute_gae
     decisive_sums held_out adapt_l2 pretrain renew_statistics select_pairs ask wait_for_people
-    read_run open_run tell save_checkpoint read_checkpoint load_checkpoint roll_out evaluate reward_correlation
+    read_run open_run tell stop_at_infinity save_checkpoint read_checkpoint load_checkpoint
+    roll_out evaluate reward_correlation
     summarise
 """
 

@@ -47,12 +47,11 @@ def test_a_command_of_each_sweep_runs(path, tmp_path, monkeypatch):
     """A few hundred steps of the first one, cut to size; W&B has a test of its own, and so has Atari's true reward."""
     _, program, *flags = shlex.split(command_lines(path)[0])
     script, small = SCRIPTS[program], ["--num-envs", "4", "--num-steps", "32", "--update-epochs", "1", "--track=False"]
-    monkeypatch.setattr(script, "evaluate", lambda *_, **__: {"returns": np.zeros(1), "screens": []})
-    monkeypatch.setattr(script, "draw_episode", lambda *_: None)
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(1))
     monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     flags = [flag for flag in flags if not flag.startswith(("--total-timesteps", "--labels", "--track"))]
-    small += ["--pretrain-pairs", "64", "--reward-minibatch-size", "4", "--torch-threads", "1", "--device", "cpu"]
-    small += [] if "--true-reward=True" in flags else ["--labels", "4", "--query-pool-steps", "500"]
+    small += ["--pretrain-pairs", "64", "--reward-minibatch-size", "4", "--threads", "1", "--device", "cpu"]
+    small += [] if "--true-reward=True" in flags else ["--labels", "4", "--query-pool-steps", "2000"]
     small += [] if script is mujoco else ["--segment-length", "5"]
     small += ["--total-timesteps", "1024" if script is mujoco else "384", "--runs-dir", str(tmp_path)]
     assert script.train(script.parse_args([*flags, *small]))["finished"]

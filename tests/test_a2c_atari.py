@@ -18,9 +18,9 @@ from test_atari_runs import resume as resume_any
 from test_atari_runs import run as run_any
 
 SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64"]
-SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "8", "--threads", "1", "--device", "cpu"]
-SMALL += ["--eval-episodes", "2", "--reset-every", "24", "--log-every", "20"]
-FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
+SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "4", "--threads", "1", "--device", "cpu"]
+SMALL += ["--eval-episodes", "2", "--reset-every", "12", "--log-every", "20"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "640"]
 
 
 @pytest.fixture
@@ -130,12 +130,12 @@ def test_a_run_counts_right_and_its_rate_falls_to_zero_at_1_6_times_its_length(t
 
     toy.setattr(script, "compute_gae", seen)
     summary = run(tmp_path, *FEEDBACK)
-    assert (summary["labels_used"], summary["total_timesteps"], summary["script"]) == (48, 1280, "a2c_atari_rlhf")
-    assert summary["global_step"] > 1280 and lambdas == [1.0] * 64
+    assert (summary["labels_used"], summary["total_timesteps"], summary["script"]) == (48, 640, "a2c_atari_rlhf")
+    assert summary["global_step"] > 640 and lambdas == [1.0] * 32
     assert all(math.isfinite(summary[name]) for name in ("reward_loss", "pg_loss", "v_loss", "entropy"))
     assert json.loads((only(tmp_path) / "summary.json").read_text()) == summary
     (group,) = script.read_checkpoint(only(tmp_path))["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(7e-4 * (1 - 63 / (1.6 * 64)))  # the 64th of 64 updates
+    assert group["lr"] == pytest.approx(7e-4 * (1 - 31 / (1.6 * 32)))  # the 32nd of 32 updates
 
 
 def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
@@ -154,20 +154,20 @@ def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
     mortal.until = 20
     kill(run, tmp_path / "cut", *flags)
     cut = only(tmp_path / "cut")
-    for steps in (200, 40):
+    for steps in (150, 20):
         mortal.until = len(calls) + steps
         kill(resume, cut)
-    assert 0 < script.read_checkpoint(cut)["progress"]["iteration"] < 107
+    assert 0 < script.read_checkpoint(cut)["progress"]["iteration"] < 54
     mortal.until = 0
     resume(cut)
     assert digest(cut) == digest(only(tmp_path / "whole"))
 
 
 def test_every_ablation_and_seed_gives_parameters_of_its_own(tmp_path, toy):
-    runs = [["--oracle", "--labels", "48", "--ablation", name] for name in get_args(script.Ablation)]
+    runs = [["--oracle", "--labels", "40", "--ablation", name] for name in get_args(script.Ablation)]
     runs += [[*runs[0], "--seed", "2"], ["--true-reward"], runs[0]]
     for i, flags in enumerate(runs):
-        run(tmp_path / str(i), *flags, "--total-timesteps", "960")
+        run(tmp_path / str(i), *flags, "--total-timesteps", "400")
     digests = [digest(only(tmp_path / str(i))) for i in range(len(runs))]
     assert digests[-1] == digests[0] and len(set(digests)) == len(runs) - 1
 

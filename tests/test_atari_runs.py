@@ -57,7 +57,8 @@ class Toy:
     def observe(self):
         if self.grayscale:
             return self.stack.copy()
-        return np.repeat(np.repeat(self.stack[:, -1:, :, :, None], 3, -1), 2, 2)
+        colour = self.stack[:, -1:, :, :, None].repeat(3, 2).repeat(2, 3).repeat(3, 4)
+        return np.ascontiguousarray(colour[:, :, :210, :160])
 
     def step(self, action):
         assert action.shape == (self.num_envs,)
@@ -90,10 +91,18 @@ def toy(monkeypatch):
     return play_toy(monkeypatch, script)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of an undisturbed run, to compare with. Who changes it copies it first."""
+    with pytest.MonkeyPatch.context() as patch:
+        play_toy(patch, script)
+        return Path(run(tmp_path_factory.mktemp("whole"), *FEEDBACK)["resume"])
+
+
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1", "--device", "cpu"]
-SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "256", "--pairs-per-step", "0.25"]
-SMALL += ["--reward-minibatch-size", "8", "--threads", "1", "--eval-episodes", "2", "--reset-every", "6"]
-FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
+SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64", "--pairs-per-step", "0.25"]
+SMALL += ["--reward-minibatch-size", "4", "--threads", "1", "--eval-episodes", "2", "--reset-every", "4"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "768"]  # 12 iterations, labels in batches of three
 TEACHER = ["--teacher-mistake", "0.2", "--teacher-equal", "0.3", "--teacher-skip", "0.3", "--teacher-beta", "2"]
 
 
@@ -130,16 +139,24 @@ class Killed(Exception):
     pass
 
 
-def kill(run, *given):
-    """Let a run end in the middle of a line, as a kill does, and its lock with it."""
-    with pytest.raises(Killed):
+def ended(error, run, *given):
+    """What a run raised that ended in the middle of a line. Its lock has gone with it, as a process's does."""
+    with pytest.raises(error) as end:
         run(*given)
+    value = end.value
+    value.__traceback__ = value.__context__ = end = None
     gc.collect()
+    return value
+
+
+def kill(run, *given):
+    ended(Killed, run, *given)
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
 LEARNING = ["--oracle", "--labels", "120", "--total-timesteps", "5120", "--learning-rate", "1e-3"]
-LEARNING += ["--update-epochs", "2", "--reward-learning-rate", "1e-3", "--num-steps", "32", "--eval-episodes", "4"]
+LEARNING += ["--pretrain-pairs", "256", "--reward-minibatch-size", "8", "--reset-every", "6", "--update-epochs", "2"]
+LEARNING += ["--reward-learning-rate", "1e-3", "--num-steps", "32", "--eval-episodes", "4"]
 
 
 def test_the_policy_learns_from_comparisons(tmp_path, toy):
@@ -173,7 +190,7 @@ def test_a_time_limit_costs_no_life(tmp_path, toy):
     envs = script.Envs(script.parse_args(["--true-reward"]), 3)
     envs.reset(0)
     told = [envs.step(np.ones(3, int))[1] for _ in range(100)]
-    assert sum(t["ended"].sum() for t in told) == 7 and not any(t["lost"].any() for t in told)
+    assert sum(t["ended"].sum() for t in told) == 6 and not any(t["lost"].any() for t in told)
 
 
 def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
@@ -182,8 +199,8 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, toy):
     toy.setattr(script, "make_games", lambda args, n, **kwargs: made.append(Toy(n, **kwargs)) or made[-1])
     summary = run(tmp_path, *FEEDBACK, "--log-every", "5")
     assert summary["finished"] and summary["labels_used"] == summary["labels"] == summary["asked"] == 48
-    assert summary["skipped"] == summary["labels_loaded"] == 0 and summary["total_timesteps"] == 1280
-    untrained = summary["global_step"] - 1280  # the untrained policy's steps come on top
+    assert summary["skipped"] == summary["labels_loaded"] == 0 and summary["total_timesteps"] == 768
+    untrained = summary["global_step"] - 768  # the untrained policy's steps come on top
     assert made[0].total_steps == summary["global_step"] and untrained >= 12 * 4 * 4 and untrained % 64 == 0
     run_dir = only(tmp_path)
     given = answers(run_dir)
@@ -210,7 +227,7 @@ def test_labels_come_when_they_are_due(tmp_path, toy):
     toy.setattr(script, "Preferences", lambda *given: preferences.append(make(*given)) or preferences[-1])
     toy.setattr(script, "update_policy", lambda *given: used.append(preferences[-1].used) or update(*given))
     run(tmp_path, *FEEDBACK)
-    due = [script.label_schedule(64 * i, 1280, 12, 48) for i in range(20)]
+    due = [script.label_schedule(64 * i, 768, 12, 48) for i in range(12)]
     assert used[0] == 12 and all(0 <= d - u < 3 for d, u in zip(due, used, strict=True)) and preferences[-1].used == 48
 
 
@@ -224,18 +241,17 @@ def test_initial_pairs_are_of_fresh_rows(tmp_path, toy):
         assert pairs[..., 1].max() + 4 <= first
 
 
-def test_same_seed_same_parameters_other_seed_others(tmp_path, toy):
-    for name, flags in {"a": [], "b": [], "c": ["--seed", "2"]}.items():
-        run(tmp_path / name, *FEEDBACK, *flags)
-    first, again, other = (digest(only(tmp_path / name)) for name in "abc")
-    assert first == again != other
+def test_same_seed_same_parameters_other_seed_others(tmp_path, toy, whole):
+    run(tmp_path / "again", *FEEDBACK)
+    run(tmp_path / "other", *FEEDBACK, "--seed", "2")
+    assert digest(whole) == digest(only(tmp_path / "again")) != digest(only(tmp_path / "other"))
 
 
 def test_every_ablation_trains_parameters_of_its_own(tmp_path, toy):
     digests, initial, pretrain = set(), [], script.pretrain
     toy.setattr(script, "pretrain", lambda *given: initial.append(given[2].used) or pretrain(*given))
     for ablation in script.Ablation.__args__:
-        fast = ["--pretrain-pairs", "64", "--pairs-per-step", "0.1"]
+        fast = ["--total-timesteps", "576", "--pairs-per-step", "0.1"]
         summary = run(tmp_path / ablation, *FEEDBACK, "--ablation", ablation, *fast)
         assert summary["labels_used"] == 48 and summary["ablation"] == ablation
         assert math.isfinite(summary["reward_loss"])
@@ -254,20 +270,25 @@ def test_the_baseline_is_paid_the_clipped_score_and_sees_ends(tmp_path, toy):
     paid, gae, step = [], script.compute_gae, Toy.step
     toy.setattr(script, "compute_gae", lambda *given: paid.append((given[0], given[2], given[3])) or gae(*given))
     toy.setattr(Toy, "step", lambda self, action: (lambda out: (out[0], 7 * out[1], *out[2:]))(step(self, action)))
-    summary = run(tmp_path, "--true-reward", "--total-timesteps", "1600")
+    summary = run(tmp_path, "--true-reward", "--total-timesteps", "1280")
     assert summary["labels"] == summary["labels_used"] == 0 and summary["reward_accuracy_heldout"] is None
     rewards, next_values, dones = (torch.cat(x) for x in zip(*paid, strict=True))
     assert rewards.unique().tolist() == [0.0, 1.0]
-    assert dones.sum() >= 4 * 400 // 40 - 12 and not next_values[dones.bool()].any()  # less those that resets cut
-    paid.clear()
-    run(tmp_path / "labels", *FEEDBACK)
-    assert not torch.cat([dones for *_, dones in paid]).any()  # trap 32: hidden
+    assert dones.sum() >= 16 and not next_values[dones.bool()].any()  # less those that resets cut
 
 
-def test_given_the_labels_the_true_reward_changes_nothing(tmp_path, toy):
+def test_ends_are_hidden_from_who_learns_from_labels(tmp_path, toy, whole):
+    """Trap 32. The value runs through resets: row t + 1's, whatever ended at row t."""
+    seen, gae = [], script.compute_gae
+    toy.setattr(script, "compute_gae", lambda *given: seen.append(given) or gae(*given))
+    run(tmp_path, "--oracle", "--labels", "0", "--preferences", str(whole), "--total-timesteps", "256")
+    for rewards, values, next_values, dones, *_ in seen:
+        assert not dones.any() and torch.equal(next_values[:-1], values[1:]) and rewards.isfinite().all()
+
+
+def test_given_the_labels_the_true_reward_changes_nothing(tmp_path, toy, whole):
     """Trap 38: with the reward replaced by noise, labels loaded from before, the run ends in the same parameters."""
-    run(tmp_path / "labels", *FEEDBACK)
-    loaded = ["--oracle", "--labels", "0", "--preferences", str(only(tmp_path / "labels")), "--total-timesteps", "640"]
+    loaded = ["--oracle", "--labels", "0", "--preferences", str(whole), "--total-timesteps", "384"]
     honest = run(tmp_path / "honest", *loaded)
     assert honest["labels_loaded"] == 48 and honest["labels_used"] == honest["asked"] == 0
     step, noise = Toy.step, np.random.default_rng(0)
@@ -288,11 +309,9 @@ def test_what_a_teacher_skips_is_asked_anew(tmp_path, toy):
     assert summary["labels_used"] >= 48 - 3  # but for the last batch
 
 
-def test_a_frozen_reward_model_pays_a_new_agent(tmp_path, toy):
-    run(tmp_path / "first", *FEEDBACK)
-    source = only(tmp_path / "first")
-    learned = script.read_checkpoint(source)["ensemble"]
-    flags = ["--oracle", "--labels", "0", "--reward-model", str(source), "--total-timesteps", "640"]
+def test_a_frozen_reward_model_pays_a_new_agent(tmp_path, toy, whole):
+    learned = script.read_checkpoint(whole)["ensemble"]
+    flags = ["--oracle", "--labels", "0", "--reward-model", str(whole), "--total-timesteps", "384"]
     summary = run(tmp_path / "b", *flags)
     assert summary["finished"] and summary["asked"] == 0
     frozen = script.read_checkpoint(only(tmp_path / "b"))["ensemble"]
@@ -300,10 +319,10 @@ def test_a_frozen_reward_model_pays_a_new_agent(tmp_path, toy):
     assert rescaled == {"mean", "std", "average_std"}  # on what the new agent does; nothing else moves
 
 
-def test_labels_can_be_reused_and_added_to(tmp_path, toy):
+def test_labels_can_be_reused_and_added_to(tmp_path, toy, whole):
     """Of another run that had loaded some itself. Each directory needs no other."""
-    run(tmp_path / "first", *FEEDBACK)
-    more = ["--oracle", "--labels", "40", "--total-timesteps", "640", "--preferences"]
+    shutil.copytree(whole, tmp_path / "first" / "run")
+    more = ["--oracle", "--labels", "40", "--total-timesteps", "384", "--preferences"]
     for before, name in (("first", "second"), ("second", "third")):
         summary = run(tmp_path / name, *more, str(only(tmp_path / before)))
         assert summary["labels_used"] == summary["asked"] == 40
@@ -311,17 +330,33 @@ def test_labels_can_be_reused_and_added_to(tmp_path, toy):
     assert summary["labels_loaded"] == 88 and len(answers(only(tmp_path / "third"))) == 128
 
 
+def test_a_run_starts_from_what_was_answered_in_the_other(tmp_path, toy, whole):
+    """Not from pairs without an answer, nor "can't tell"; of two answers from the first. Numbers stay as they are."""
+    source = shutil.copytree(whole, tmp_path / "source")
+    lines = [(3, 1.0), (0, None), (7, 0.5), (3, 0.0), (0, 1.0)]
+    text = "".join(json.dumps({"pair": pair, "mu": mu, "who": "Ann"}) + "\n" for pair, mu in lines)
+    (source / "preferences" / "answers.jsonl").write_text(text + '{"pair": 5, "mu": 1.0}')  # not a whole line
+    args = script.parse_args([*SMALL, "--oracle", "--labels", "0", "--preferences", str(source)])
+    args.runs_dir = str(tmp_path / "new")
+    folder = script.make_run_dir(args, None) / "preferences"
+    assert {path.name for path in folder.iterdir()} == {"00000003.npz", "00000007.npz", "answers.jsonl"}
+    given = [{"pair": 3, "mu": 1.0, "loaded": True}, {"pair": 7, "mu": 0.5, "loaded": True}]
+    assert answers(folder.parent) == given
+    labels = script.Preferences(folder, 0, None, args)
+    assert (labels.first, labels.asked, labels.loaded, labels.used, labels.open) == (8, 8, 2, 0, 0)
+
+
 @pytest.mark.parametrize(
     "flags", ["--labels 1", "--labels 3 --num-envs 1 --num-steps 64", "--labels 24 --query-pool-steps 120"]
 )
 def test_small_runs_use_their_budget(tmp_path, toy, flags):
-    summary = run(tmp_path, "--oracle", *flags.split(), "--total-timesteps", "640")
+    summary = run(tmp_path, "--oracle", *flags.split(), "--total-timesteps", "384")
     assert summary["labels_used"] == summary["labels"] and summary["entropy"] is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
 @pytest.mark.parametrize(
-    "flags", [[*FEEDBACK, *TEACHER], ["--true-reward", "--total-timesteps", "1280"]], ids=["oracle", "score"]
+    "flags", [[*FEEDBACK, *TEACHER], ["--true-reward", "--total-timesteps", "768"]], ids=["oracle", "score"]
 )
 def test_killed_and_resumed_equals_undisturbed(tmp_path, toy, flags):
     """Trap 40. Killed in the initial phase, twice after the same checkpoint, and once later, in a renamed folder."""
@@ -338,10 +373,10 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, toy, flags):
     mortal.until = 40
     kill(run, tmp_path / "cut", *flags)
     run_dir = only(tmp_path / "cut")
-    for steps in (250, 30, 70):
-        mortal.until = len(calls) + steps
+    for until in (74, 30, 70):
+        mortal.until = len(calls) + (until if (run_dir / "checkpoint.pt").exists() else 300)
         kill(resume, run_dir)
-    assert 0 < script.read_checkpoint(run_dir)["progress"]["iteration"] < 20
+    assert 0 < script.read_checkpoint(run_dir)["progress"]["iteration"] < 12
     run_dir = run_dir.rename(tmp_path / "cut" / "best run #1")
     mortal.until = 0
     resume(run_dir)
@@ -350,55 +385,48 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, toy, flags):
         assert answers(run_dir) == answers(only(tmp_path / "whole"))
 
 
-def test_a_checkpoint_is_saved_where_all_starts_anew_and_not_more_often_than_said(tmp_path, toy):
+def test_a_checkpoint_is_saved_where_all_starts_anew_and_not_more_often_than_said(tmp_path, toy, whole):
     saved, save, anew = [], script.save_checkpoint, script.start_anew
     toy.setattr(script, "save_checkpoint", lambda *given: saved.append(given[-1].iteration) or save(*given))
     toy.setattr(script, "start_anew", lambda key, *given: saved.append(key) or anew(key, *given))
-    run(tmp_path / "a", *FEEDBACK)
-    assert saved == [[1, 0], 0, [1, 1, 0], 6, [1, 1, 6], 12, [1, 1, 12], 18, [1, 1, 18], 20]
-    saved.clear()
     toy.setattr(script, "SAVE_SECONDS", 1e9)
-    run(tmp_path / "b", *FEEDBACK)
-    assert [at for at in saved if isinstance(at, int)] == [0, 20]
-    assert digest(only(tmp_path / "a")) == digest(only(tmp_path / "b"))
+    run(tmp_path / "seldom", *FEEDBACK)
+    assert saved == [[1, 0], 0, [1, 1, 0], [1, 1, 4], [1, 1, 8], 12]
+    assert digest(only(tmp_path / "seldom")) == digest(whole)  # which saved at each of these
+    saved.clear()
+    toy.setattr(script, "SAVE_SECONDS", 0)
+    run(tmp_path / "often", "--true-reward", "--total-timesteps", "768")
+    assert saved == [0, [1, 1, 0], 4, [1, 1, 4], 8, [1, 1, 8], 12]
 
 
-def test_a_finished_run_can_be_trained_on(tmp_path, toy, capsys):
-    run(tmp_path, *FEEDBACK)
-    run_dir = only(tmp_path)
-    summary = resume(run_dir, "--total-timesteps", "1920", "--labels", "60")
+def test_a_finished_run_can_be_trained_on(tmp_path, toy, whole, capsys):
+    """With nothing given it ends at once as it was; with more steps it goes on, and says so."""
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    before = json.loads((run_dir / "summary.json").read_text())
+    again = resume(run_dir)
+    assert digest(run_dir) == digest(whole) and again["final_return_mean"] == before["final_return_mean"]
+    capsys.readouterr()
+    summary = resume(run_dir, "--total-timesteps", "1152", "--labels", "60")
     shown = capsys.readouterr().out
-    assert "--total-timesteps is 1920 from now on, not 1280" in shown and "--labels is 60" in shown
-    assert summary["finished"] and summary["labels_used"] == 60 and summary["total_timesteps"] == 1920
-    assert script.read_checkpoint(run_dir)["progress"]["iteration"] == 30
+    assert "--total-timesteps is 1152 from now on, not 768" in shown and "--labels is 60" in shown
+    assert summary["finished"] and summary["labels_used"] == 60 and summary["total_timesteps"] == 1152
+    assert script.read_checkpoint(run_dir)["progress"]["iteration"] == 18
     assert script.read_run(run_dir)["args"]["labels"] == 60  # the next --resume needs no flags again
 
 
-def test_a_resumed_run_needs_no_other_run(tmp_path, toy):
+@pytest.mark.parametrize("flag", ["--preferences", "--reward-model"])
+def test_a_resumed_run_needs_no_other_run(tmp_path, toy, whole, flag):
     """Labels and reward models that a run started from are in its own directory."""
-    run(tmp_path / "first", *FEEDBACK)
-    source, begun = only(tmp_path / "first"), []
-    for name, flag in (("labels", "--preferences"), ("model", "--reward-model")):
-        run(tmp_path / name, "--oracle", "--labels", "0", flag, str(source), "--total-timesteps", "640")
-        begun.append((only(tmp_path / name), digest(only(tmp_path / name))))
-    moved = source.rename(tmp_path / "elsewhere")
-    for run_dir, before in begun:
-        (run_dir / "summary.json").unlink()
-        args = script.parse_args(
-            [
-                "--resume",
-                str(run_dir),
-                *(["--preferences", str(moved)] if "labels" in str(run_dir) else ["--reward-model", str(moved)]),
-            ]
-        )
-        shutil.move(moved, source)
-        assert script.train(args)["finished"] and digest(run_dir) == before
-        shutil.move(source, moved)
+    source = shutil.copytree(whole, tmp_path / "source")
+    run(tmp_path / "new", "--oracle", "--labels", "0", flag, str(source), "--total-timesteps", "256")
+    run_dir = only(tmp_path / "new")
+    before = digest(run_dir)
+    shutil.rmtree(source)
+    assert resume(run_dir)["finished"] and digest(run_dir) == before
 
 
-def test_a_full_disk_loses_no_checkpoint(tmp_path, toy):
+def test_a_full_disk_loses_no_checkpoint(tmp_path, toy, whole):
     """The disk fills at the second checkpoint: the run dies, and goes on from the first one to the same end."""
-    run(tmp_path / "whole", *FEEDBACK)
     save, calls = torch.save, []
 
     def full(state, file):
@@ -413,7 +441,7 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, toy):
     cut = only(tmp_path / "cut")
     assert not (cut / "checkpoint.tmp").exists() and not (cut / "summary.json").exists()
     resume(cut)
-    assert digest(cut) == digest(only(tmp_path / "whole"))
+    assert digest(cut) == digest(whole)
 
 
 def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
@@ -424,34 +452,39 @@ def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
     assert not (only(tmp_path) / "summary.json").exists()
 
 
-def test_a_second_process_is_kept_out_of_a_run(tmp_path, toy, capsys):
-    run(tmp_path, *FEEDBACK)
-    with script.filelock.FileLock(only(tmp_path) / "run.lock"), pytest.raises(SystemExit) as end:
-        resume(only(tmp_path))
-    assert end.value.code == 2 and f"another process is running {only(tmp_path)}" in capsys.readouterr().err
-    assert (only(tmp_path) / "summary.json").exists()
-    resume(only(tmp_path))  # the lock has gone
+def test_a_second_process_is_kept_out_of_a_run(tmp_path, toy, whole, capsys):
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with script.filelock.FileLock(run_dir / "run.lock"):
+        end = ended(SystemExit, resume, run_dir, "--total-timesteps", "1152")
+    assert end.code == 2 and f"another process is running {run_dir}" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert resume(run_dir)["finished"]  # the lock has gone
 
 
-def test_numbers_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_path, toy):
-    toy.setattr(script, "SAVE_SECONDS", 0)
-    run(tmp_path / "whole", *FEEDBACK)
+def test_numbers_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_path, toy, whole):
+    """A sentence in place of a number makes Python's exit code 1."""
     gae, calls = script.compute_gae, []
 
     def broken(*given):
         calls.append(1)
-        return tuple(x * (math.nan if len(calls) > 8 else 1) for x in gae(*given))
+        return tuple(x * (math.nan if len(calls) > 6 else 1) for x in gae(*given))
 
-    toy.setattr(script, "compute_gae", broken)
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path / "cut", *FEEDBACK)
-    assert "is not finite after step" in end.value.code and "--learning-rate" in end.value.code  # so exit code 1
-    gc.collect()
-    toy.setattr(script, "compute_gae", gae)
+    with toy.context() as patch:
+        patch.setattr(script, "compute_gae", broken)
+        end = ended(SystemExit, run, tmp_path / "cut", *FEEDBACK)
+    assert "is not finite after step" in end.code and "--learning-rate" in end.code
     cut = only(tmp_path / "cut")
-    assert not (cut / "summary.json").exists() and script.read_checkpoint(cut)["progress"]["iteration"] == 6
+    assert not (cut / "summary.json").exists() and script.read_checkpoint(cut)["progress"]["iteration"] == 4
     resume(cut)
-    assert digest(cut) == digest(only(tmp_path / "whole"))
+    assert digest(cut) == digest(whole)
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_the_run(tmp_path, toy):
+    end = ended(SystemExit, run, tmp_path, "--true-reward", "--total-timesteps", "768", "--learning-rate", "1e9")
+    assert isinstance(end.code, str) and f"{only(tmp_path)}/checkpoint.pt is the last good checkpoint" in end.code
+    agent = script.read_checkpoint(only(tmp_path))["agent"]
+    assert all(tensor.isfinite().all() for tensor in agent.values()) and not (only(tmp_path) / "summary.json").exists()
 
 
 def test_a_clock_that_goes_back_changes_nothing(tmp_path, toy):
@@ -560,17 +593,13 @@ def test_bad_input_ends_with_a_sentence_and_code_2_before_anything_is_written(
     assert said in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def test_broken_run_directories_are_refused(tmp_path, toy, capsys):
-    run(tmp_path / "good", *FEEDBACK)
-    good = only(tmp_path / "good")
+def test_broken_run_directories_are_refused(tmp_path, toy, whole, capsys):
+    good = shutil.copytree(whole, tmp_path / "good")
     labels = ["--oracle", "--labels", "0", "--total-timesteps", "640", "--preferences", str(good)]
 
     def refused(said, act, *given):
         (tmp_path / "new").mkdir(exist_ok=True)
-        with pytest.raises(SystemExit) as end:
-            act(*given)
-        gc.collect()
-        assert end.value.code == 2 and said in capsys.readouterr().err
+        assert ended(SystemExit, act, *given).code == 2 and said in capsys.readouterr().err
 
     new = tmp_path / "new"
     refused("clips of another length", run, new, *labels, "--segment-length", "5")
@@ -654,7 +683,7 @@ def test_help_tells_what_the_defaults_do_on_any_terminal(encoding):
 def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_run(tmp_path):
     """SIGKILL, SIGTERM and Ctrl-C on the real emulator, wherever they hit; the printed line goes on with it."""
     whole = subprocess.run(command(*REAL, "--runs-dir", str(tmp_path / "whole")), capture_output=True, text=True)
-    assert whole.returncode == 0 and not whole.stderr and "warning" not in whole.stdout, whole.stderr
+    assert whole.returncode == 0 and not whole.stderr, whole.stderr
     flags, shown = [*REAL, "--runs-dir", str(tmp_path / "cut run")], ""
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -706,11 +735,11 @@ def test_weights_and_biases_gets_it_all_and_a_renamed_run_goes_on_as_itself(tmp_
     run(tmp_path, *FEEDBACK, "--track", "--log-every", "1")
     run_dir = only(tmp_path).rename(tmp_path / "best run #1")
     toy.delenv("WANDB_RUN_ID")
-    resume(run_dir, "--total-timesteps", "1600")
+    resume(run_dir, "--total-timesteps", "1088")
     assert [r.id for r in runs] == ["of-the-sweep"] * 2 and runs[1].name == "best run #1"
     assert runs[0].given["config"]["labels"] == 48 and runs[0].given["resume"] == "allow"
     steps = [[row["global_step"] for row in r.rows if "losses/entropy" in row] for r in runs]
-    assert len(steps[0]) == 20 and len(steps[1]) == 5 and max(steps[0]) < min(steps[1])
+    assert len(steps[0]) == 12 and len(steps[1]) == 5 and max(steps[0]) < min(steps[1])
     assert all({"global_step", "labels"} <= row.keys() for r in runs for row in r.rows)
     logged = {name for row in runs[0].rows for name in row}
     assert {"charts/eval_return", "charts/episodic_return", "charts/SPS", "reward_model/accuracy_heldout"} <= logged

@@ -4,10 +4,19 @@
     python results/draw.py table.csv chart.csv                            # the same of runs that W&B exported
     python results/draw.py                                                # draw only
 
-A row of atari.csv or mujoco.csv is a run's summary.json with the command that made it, or that of the random policy's
-evaluation; a curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced. W&B
-exports two kinds of CSV: its table of runs, which gives rows, and the chart of charts/episodic_return over global_step,
-which gives curves. The runs that are named on the command line are drawn thick and black.
+A row is a run's summary.json with the command that made it; in atari.csv where its environment is one of ALE's, else in
+mujoco.csv. A curve is what the run logged to TensorBoard, in curves/. A run that is there already is replaced. What
+evaluate.py leaves in RUN/random and RUN/evaluation gives rows too: the second one's score takes the place of the run's
+own in the tables. A run that has not ended gives its curve and a row as of its last checkpoint: `finished` and
+`final_*` are empty, `return_of_last_20_episodes` (of training, as of every run) has what there is, and no table counts
+it.
+
+W&B exports two kinds of CSV: its table of runs, which gives rows, and the chart of charts/episodic_return over
+global_step, which gives curves. The runs that are named on the command line are drawn thick and black.
+
+Figures show the mean over seeds and their range. Runs of other lengths than the longest true-reward runs of a task, and
+those of the scripts' first generation (their rows have a params_sha256) beside newer ones of the same length, are left
+out of tables and figures; it is said how many.
 
 paper_figures.csv holds the paper's own curves (Figures 2, 3, 5 and 6), 21 points each, read off the images of its
 figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty where one is hidden.
@@ -17,8 +26,10 @@ import argparse
 import csv
 import json
 import math
+import pickle
 import re
-from collections import defaultdict
+import shlex
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +39,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+COLUMNS = re.findall(
+    r"\w+",
+    """
+    finished script algorithm total_timesteps env_id feedback labels ablation teacher_beta teacher_gamma teacher_mistake
+    teacher_skip teacher_equal seed pairs_per_step device global_step labels_used asked skipped ties labels_loaded
+    wall_seconds sps final_return_mean final_return_std final_episodes return_of_last_20_episodes
+    reward_accuracy_heldout reward_correlation reward_loss pg_loss v_loss entropy params_sha256 commit run hardware
+    command
+    """,
+)
 LOGGED = {
     "charts/episodic_return": "return",
     "losses/entropy": "entropy",
@@ -36,17 +57,33 @@ LOGGED = {
     "reward_model/accuracy_heldout": "accuracy_heldout",
     "reward_model/correlation": "correlation",
 }
+LOGGED_LAST = {  # tag -> column, for the row of a run that has not ended
+    "labels/used": "labels_used",
+    "labels/skipped": "skipped",
+    "reward_model/accuracy_heldout": "reward_accuracy_heldout",
+    "reward_model/correlation": "reward_correlation",
+    "reward_model/loss": "reward_loss",
+    "losses/policy_loss": "pg_loss",
+    "losses/value_loss": "v_loss",
+    "losses/entropy": "entropy",
+}
+plt.rc("font", size=13)
+plt.rc("legend", fontsize=12)
 
 
+# ---- Rows and curves -------------------------------------------------------------------------------------------------
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """In the order of COLUMNS; others, as they come, behind."""
     path.parent.mkdir(exist_ok=True)
+    given = dict.fromkeys(name for row in rows for name in row)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, max(rows, key=len), restval="")
+        names = [name for name in COLUMNS if name in given] + [name for name in given if name not in COLUMNS]
+        writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -55,6 +92,11 @@ def add_row(table: Path, row: dict) -> None:
     """Into a table, in place of what it has of the same run."""
     rows = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != row["run"]]
     write_csv(table, [*rows, row])
+
+
+def table_of(env_id: str) -> Path:
+    """By the environment, not by the script: that may be somebody's copy, and have any name."""
+    return HERE / ("atari.csv" if "ALE/" in env_id else "mujoco.csv")
 
 
 def write_curve(run: str, columns: dict[str, dict[int, float]]) -> None:
@@ -76,28 +118,86 @@ def write_curve(run: str, columns: dict[str, dict[int, float]]) -> None:
     write_csv(HERE / "curves" / f"{run}.csv", rows)
 
 
-def collect(folder: Path, table: str | None = None, **columns) -> set[str]:
-    """Add a run's row to its table, and its curves to curves/<run>.csv. Out: its name."""
+def read_events(run_dir: Path) -> dict[str, dict[int, float]]:
+    """tag -> step -> value. A resumed run logs some steps twice: the later value counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    random = folder.name == "random"  # what --evaluate RUN --random left
-    run_dir = folder.parent if random else folder
-    run = json.loads((run_dir / "args.json").read_text())
-    row = json.loads((folder / "summary.json").read_text())
-    if not random and not row["finished"]:
-        print(f"{folder} was stopped after {row['global_step']:,} steps: it is drawn, and counts in no table")
-    command = f"python {run['script']}.py --evaluate {run_dir.name} --random" if random else run["command"]
-    command = re.sub(r" --runs-dir \S+", "", command)
-    row |= {"run": f"{run_dir.name}{'/random' * random}", "hardware": run["hardware"], "command": command} | columns
-    add_row(HERE / (table or ("mujoco.csv" if "mujoco" in run["script"] else "atari.csv")), row)
-    if random:
-        return {row["run"]}
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    logged = {name: events.Scalars(tag) for tag, name in LOGGED.items() if tag in events.Tags()["scalars"]}
-    # A resumed run logs some steps twice: the later value counts
-    write_curve(run_dir.name, {name: {e.step: e.value for e in values} for name, values in logged.items()})
-    return {row["run"]}
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def pasteable(command: str) -> str:
+    """A run's command line without the places of one machine: no --runs-dir, and other runs by their names alone."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.replace("_", "-")
+        if name in ("--runs-dir", "--preferences", "--reward-model"):
+            value = value if equals else next(words, "")
+            kept += [] if name == "--runs-dir" else [name, Path(value).name]
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def so_far(run_dir: Path, run: dict, logged: dict[str, dict[int, float]]) -> dict:
+    """The row of a run that has not ended: its arguments, what its last checkpoint counts, and what it logged last."""
+    import torch
+
+    progress = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["progress"]
+    args = run["args"]
+    batch = args["num_envs"] * args["num_steps"]
+    row = args | {name: progress[name] for name in ("global_step", "asked", "wall_seconds")} | {"finished": None}
+    row |= {"feedback": "oracle" if args["oracle"] else "human" if args["human"] else "true-reward"}
+    row |= {"script": run["script"], "commit": run["commit"], "returns": progress["returns"]}
+    row |= {"total_timesteps": math.ceil(args["total_timesteps"] / batch) * batch}
+    row |= {"sps": progress["iteration"] * batch / max(progress["seconds"], 1e-9)}
+    last = {tag: [v for step, v in values.items() if step <= row["global_step"]][-1:] for tag, values in logged.items()}
+    row |= {column: last[tag][0] for tag, column in LOGGED_LAST.items() if last.get(tag)}
+    row["ties"] = round(row.get("labels_used", 0) * (last.get("labels/ties") or [0])[0])
+    return row
+
+
+def collect(folder: Path, table: str | None = None, **columns) -> set[str]:
+    """Add a run's row to its table, and its curves to curves/<run>.csv. Out: its name.
+
+    folder: a run's directory, or the random/ or evaluation/ that evaluate.py left in it.
+    """
+    evaluated = "" if (folder / "args.json").exists() else folder.resolve().name
+    run_dir = folder.resolve().parent if evaluated else folder.resolve()
+    run = json.loads((run_dir / "args.json").read_text())
+    args, command, logged = run.get("args", {}), pasteable(run["command"]), {}
+    if evaluated:
+        score = json.loads((folder / "summary.json").read_text())
+        command = f"python evaluate.py {shlex.quote(run_dir.name)}{' --random' * (evaluated == 'random')}"
+        for flag, name, default in (("episodes", "final_episodes", "eval_episodes"), ("seed", "seed", "seed")):
+            command += f" --{flag} {score[name]}" if score.get(name) != args.get(default, score.get(name)) else ""
+        if not (run_dir / f"{run['script']}.py").exists():  # of the first generation of the scripts
+            command = f"python {run['script']}.py --evaluate {run_dir.name} --random"
+    else:
+        logged = read_events(run_dir)
+    if evaluated == "random":
+        row = score
+    else:
+        ended = (run_dir / "summary.json").exists()
+        row = json.loads((run_dir / "summary.json").read_text()) if ended else so_far(run_dir, run, logged)
+        if evaluated:
+            scores = {name: value for name, value in score.items() if name.startswith("final_")}
+            row |= scores | ({} if score["global_step"] == row["global_step"] else {"finished": None})
+        elif not row["finished"]:
+            print(f"{folder} has not ended, step {row['global_step']:,}: it is drawn, and counts in no table")
+    row["algorithm"] = "A2C" if "rmsprop_alpha" in args else "PPO"
+    if row.get("returns"):
+        row["return_of_last_20_episodes"] = float(np.mean(row["returns"][-20:]))
+    name = f"{run_dir.name}/{evaluated}".rstrip("/")
+    row = {column: "" if row.get(column) in (None, math.inf) else row[column] for column in COLUMNS}
+    row |= {"run": name, "hardware": run["hardware"], "command": command} | columns
+    add_row(HERE / table if table else table_of(row["env_id"]), row)
+    kept = {name: logged[tag] for tag, name in LOGGED.items() if tag in logged}
+    if kept:
+        write_curve(run_dir.name, kept)
+    return {name}
 
 
 def collect_export(path: Path) -> set[str]:
@@ -108,10 +208,10 @@ def collect_export(path: Path) -> set[str]:
     if "Name" in rows[0] and "script" in rows[0]:
         rows = [row for row in rows if row["script"]]  # else it has not ended yet: its summary is missing
         for row in rows:
-            table = HERE / ("mujoco.csv" if "mujoco" in row["script"] else "atari.csv")
-            kept = {name: row.get(name, "") for name in read_csv(table)[0]}
+            kept = {name: row[name] for name in COLUMNS if name in row}
             kept |= {"run": row["Name"], "command": "exported from W&B", "finished": row["finished"].capitalize()}
-            add_row(table, kept)
+            kept |= {"algorithm": "A2C" if row.get("rmsprop_alpha") else "PPO"}
+            add_row(table_of(row["env_id"]), kept)
         return {row["Name"] for row in rows}
     charts = [name for name in rows[0] if name.endswith(" - charts/episodic_return")]
     if "global_step" not in rows[0] or not charts:
@@ -122,6 +222,7 @@ def collect_export(path: Path) -> set[str]:
     return {name.removesuffix(" - charts/episodic_return") for name in charts}
 
 
+# ---- The paper's numbers ---------------------------------------------------------------------------------------------
 PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper does not give, and Enduro, where all fail
     "Walker2d-v5": "walker",
     "Hopper-v5": "hopper",
@@ -137,6 +238,9 @@ PAPER_TASKS = {  # without InvertedPendulum, whose reward and length the paper d
     "ALE/Seaquest-v5": "seaquest",
     "ALE/SpaceInvaders-v5": "spaceinv",
 }
+# Labels -> mean over the paper's eight tasks of (score - random) / (true-reward score - random), 20M steps (Fig. 2)
+PAPER_NORMALISED = {"350": 0.72, "700": 0.96, "1400": 1.04}
+TASKS = [task for task in PAPER_TASKS if "ALE" not in task] + ["InvertedPendulum-v5"]
 
 
 def paper_curve(figure: int, env_id: str, curve: str) -> tuple[list[float], list[float]]:
@@ -149,6 +253,7 @@ def paper_curve(figure: int, env_id: str, curve: str) -> tuple[list[float], list
     return [x for x, _ in points], [y for _, y in points]
 
 
+# ---- Which rows stand side by side -----------------------------------------------------------------------------------
 PERFECT = {"teacher_beta": np.inf, "teacher_gamma": 1, "teacher_mistake": 0, "teacher_skip": 0, "teacher_equal": 0}
 
 
@@ -158,28 +263,73 @@ def imperfect(row: dict) -> list[str]:
     return [f"{name.replace('_', ' ')} {value}" for name, value in given.items() if float(value) != PERFECT[name]]
 
 
+def algorithm(row: dict) -> str:
+    """Rows of the first generation have no such column, but the script's name."""
+    return row.get("algorithm") or ("A2C" if row.get("script", "").startswith("a2c") else "PPO")
+
+
+def first_generation(row: dict) -> bool:
+    return bool(row.get("params_sha256"))
+
+
+def budget(row: dict) -> tuple[int, bool]:
+    """Steps, and whether by today's scripts. Longer and newer is greater."""
+    return int(float(row.get("total_timesteps") or 0)), not first_generation(row)
+
+
+def ended(row: dict) -> bool:
+    """Whether a row's score counts."""
+    return bool(row["final_return_mean"]) and (row["feedback"] == "random" or row.get("finished", "True") == "True")
+
+
 def of_one_budget(rows: list[dict]) -> list[dict]:
-    """Without the runs that have more or fewer steps than their task's last true-reward run."""
-    steps = {row["env_id"]: row.get("total_timesteps") for row in rows if row["feedback"] == "true-reward"}
-    return [row for row in rows if (own := row.get("total_timesteps")) in ("", None, steps.get(row["env_id"], own))]
+    """Without the runs that have more or fewer steps than the longest true-reward runs of their task that have ended,
+    or are of another generation."""
+    budgets: dict[tuple[str, str], tuple] = {}
+    for row in rows:
+        if row["feedback"] == "true-reward" and ended(row):
+            task = row["env_id"], algorithm(row)
+            budgets[task] = max(budget(row), budgets.get(task, (0, False)))
+    return [
+        row
+        for row in rows
+        if not row.get("total_timesteps") or budget(row) == budgets.get((row["env_id"], algorithm(row)), budget(row))
+    ]
+
+
+def last_scores(rows: list[dict]) -> list[dict]:
+    """The rows whose score counts: of each run its evaluation, if there is one, and of each seed the last run."""
+    rows = [row for row in rows if ended(row)]
+    evaluated = {row["run"].removesuffix("/evaluation") for row in rows if row.get("run", "").endswith("/evaluation")}
+    kept = {}
+    for number, row in enumerate(row for row in rows if row.get("run") not in evaluated):
+        what = ("env_id", "feedback", "labels", "ablation", "labels_loaded", "total_timesteps", *PERFECT)
+        key = (algorithm(row), first_generation(row), *(row.get(name) for name in what))
+        seed = row.get("seed") if row["feedback"] != "random" else None
+        kept[(*key, seed or f"row {number}")] = row
+    return list(kept.values())
 
 
 def plain(rows: list[dict]) -> list[dict]:
     """The rows that a table may stand side by side."""
-    return [row for row in of_one_budget(rows) if row["ablation"] in ("", "none") and not imperfect(row)]
+    rows = [row for row in rows if row["ablation"] in ("", "none") and not imperfect(row)]
+    return [row for row in rows if not float(row.get("labels_loaded") or 0)]
 
 
 def described(row: dict) -> str:
     """What paid a run's agent, for a legend."""
     if row["feedback"] == "true-reward":
         return "true reward"
-    labels = f"{int(float(row.get('labels_used') or row['labels'])):,} labels"
+    given = row["labels"] if row.get("finished", "True") != "True" else row.get("labels_used") or row["labels"]
+    loaded = [f"{int(float(row['labels_loaded'])):,} loaded"] if float(row.get("labels_loaded") or 0) else []
     by = ["by people"] if row["feedback"] == "human" else []
     ablation = [] if row["ablation"] in ("", "none") else [row["ablation"]]
-    return ", ".join([labels, *by, *ablation, *imperfect(row)])
+    return ", ".join([f"{int(float(given)):,} labels", *loaded, *by, *ablation, *imperfect(row)])
 
 
-NAMED = {"color": "k", "linewidth": 2.2, "zorder": 3}  # runs of the command line
+# ---- Curves in figures -----------------------------------------------------------------------------------------------
+NAMED = {"color": "k", "linewidth": 2.2, "zorder": 4}  # runs of the command line
+PAPER = {"linestyle": "--", "linewidth": 1.5, "zorder": 1}
 
 
 def read_curve(run: str) -> list[dict]:
@@ -187,76 +337,122 @@ def read_curve(run: str) -> list[dict]:
     return read_csv(path) if path.exists() else []
 
 
-def plot_curve(ax, curve: list[dict], name: str, unit: float, **style) -> None:
-    """A column of a run's curve over its steps in this unit; nothing where it was never logged."""
-    xy = [(int(p["step"]) / unit, float(p[name])) for p in curve if p[name] not in ("", "nan")]
-    if xy:
-        ax.plot(*zip(*xy, strict=True), **style)
+def binned(curve: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """Steps and means of a column of a run's curve: points of 20,000 steps at first, of 6 % of the steps from then on,
+    which look alike on a logarithmic axis."""
+    points, edge = [], 0.0
+    for point in curve:
+        if point[name] in ("", "nan"):
+            continue
+        step = int(point["step"])
+        if step > edge or not points:
+            edge = max(step, 1.06 * step - 20_000)
+            points.append([])
+        points[-1].append((step, float(point[name])))
+    means = [np.mean(each, axis=0).tolist() for each in points]
+    return [step for step, _ in means], [value for _, value in means]
+
+
+def plot_runs(ax, runs: list[str], name: str, **style) -> None:
+    """The mean of a column over these runs' curves, over millions of steps, and their range behind it."""
+    curves = [curve for curve in (binned(read_curve(run), name) for run in runs) if curve[0]]
+    if not curves:
+        return
+    steps = np.unique(np.concatenate([steps for steps, _ in curves]))
+    steps = steps[(steps >= max(x[0] for x, _ in curves)) & (steps <= min(x[-1] for x, _ in curves))]
+    values = np.stack([np.interp(steps, *curve) for curve in curves])
+    ax.plot(steps / 1e6, values.mean(0), **({"linewidth": 2.0, "zorder": 3} | style))
+    if len(curves) > 1:
+        ax.fill_between(steps / 1e6, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
 
 
 def plot_paper(ax, millions: int, curve: tuple[list[float], list[float]], **style) -> None:
     """A curve of the paper's, whose x axis ends at so many million steps; nothing where it has none."""
     points = [(millions * share, score) for share, score in zip(*curve, strict=True) if share]
     if points:
-        ax.plot(*zip(*points, strict=True), "--", **style)
+        ax.plot(*zip(*points, strict=True), **PAPER, **style)
 
 
-def task_axes(tasks: list[str], height: float):
+def task_axes(tasks: list[str], height: float, **kwargs):
     """A figure of so many axes, four to a row."""
     rows = math.ceil(len(tasks) / 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(15, height * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, 4, figsize=(15, height * rows), squeeze=False, layout="constrained", **kwargs)
     for ax in axes.flat[len(tasks) :]:
         ax.axis("off")
     return figure, axes
 
 
-def legend_once(ax) -> None:
-    """A legend with an entry per name, however many lines or bars have it."""
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(handles.values(), handles.keys(), fontsize=8)
+def legend_once(figure, **kwargs) -> None:
+    """A legend below a figure with an entry per name, however many lines or bars have it, but for an axes' own."""
+    entries = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles = {name: handle for ax in entries for handle, name in zip(*ax, strict=True)}
+    for ax in figure.axes:
+        for text in ax.get_legend().get_texts() if ax.get_legend() else []:
+            handles.pop(text.get_text(), None)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", **kwargs)
 
 
+def step_axis(ax, ticks: tuple[str, ...]) -> None:
+    ax.set_xscale("log")
+    ax.set_xlim(float(ticks[0]), float(ticks[-1]))
+    ax.set_xticks([float(tick) for tick in ticks], ticks)
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(HERE / name, dpi=110)
+    plt.close(figure)
+    print(HERE / name)
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """Without the first generation's, where there are others."""
+    return [row for row in rows if not first_generation(row)] or rows
+
+
+# ---- Atari -----------------------------------------------------------------------------------------------------------
 def draw_atari(named: set[str]) -> None:
     """Per game: return, the paper's dashed, held-out accuracy and correlation of the reward model, and entropy."""
-    rows = read_csv(HERE / "atari.csv")
-    for env_id in sorted({row["env_id"] for row in rows}):
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-        colours = (f"C{i}" for i in range(10))
-        for row in (row for row in rows if row["env_id"] == env_id):
-            curve = read_curve(row["run"])
-            if not curve:  # the random policy
-                continue
-            algorithm = row["script"].split("_")[0].upper()
-            label = f"{algorithm}, {described(row)}, seed {row['seed']}, {row['commit']}"
-            style = NAMED if row["run"] in named else {"color": next(colours), "linewidth": 1.2}
-            plot_curve(axes[0], curve, "return", 1e6, label=label, **style)
-            plot_curve(axes[1], curve, "accuracy_heldout", 1e6, **style)
-            plot_curve(axes[1], curve, "correlation", 1e6, linestyle=":", **style)
-            plot_curve(axes[2], curve, "entropy", 1e6, **style)
-        for name, curve, colour in (("true reward", "RL", "0.3"), ("5,600 labels", "5.6k syn", "0.6")):
+    every = [row for row in read_csv(HERE / "atari.csv") if read_curve(row["run"])]
+    for env_id in sorted({row["env_id"] for row in every}):
+        rows = [row for row in every if row["env_id"] == env_id]
+        drawn = newest([row for row in rows if row["run"] not in named])
+        groups: dict[str, list[str]] = defaultdict(list)  # label -> runs
+        for row in drawn:
+            label = f"{algorithm(row)}, {described(row)}"
+            lengths = {budget(other) for other in drawn if f"{algorithm(other)}, {described(other)}" == label}
+            label += f", {budget(row)[0] / 1e6:.2g}M steps" * (len(lengths) > 1)
+            label += f", {row['commit']}" * first_generation(row)
+            label += "" if ended(row) else f", seed {row['seed']}, not ended"
+            groups[label].append(row["run"])
+        for row in (row for row in rows if row["run"] in named):
+            label = f"{algorithm(row)}, {described(row)}, seed {row['seed']}{', not ended' * (not ended(row))}"
+            groups[label].append(row["run"])
+        figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
+        for i, (label, runs) in enumerate(groups.items()):
+            label += f", {len(runs)} seeds" * (len(runs) > 1)
+            style = NAMED if runs[0] in named else {"color": f"C{i}"}
+            plot_runs(axes[0], runs, "return", label=label, **style)
+            plot_runs(axes[1], runs, "accuracy_heldout", **style)
+            plot_runs(axes[1], runs, "correlation", **style | {"linestyle": ":"})
+            plot_runs(axes[2], runs, "entropy", **style)
+        for name, curve, colour in (("true reward", "RL", "0.35"), ("5,600 labels", "5.6k syn", "0.65")):
             plot_paper(axes[0], 50, paper_curve(3, env_id, curve), color=colour, label=f"the paper's A2C, {name}")
-        axes[0].set_ylabel("return of training episodes (true score)")
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-        axes[1].set_ylabel("held-out accuracy (line), correlation (dots)")
-        axes[2].set_ylabel("policy entropy")
-        for ax in axes:
+        titles = ("true return of training episodes", "held-out accuracy (–), correlation (···)", "policy's entropy")
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, fontsize=13)
             ax.set_xlabel("million agent steps")
-            ax.grid(alpha=0.3)
-        axes[0].set_xscale("log")
-        axes[0].set_xlim(0.02, 50)
-        axes[0].set_xticks([0.02, 0.1, 0.5, 2, 10, 50], ["0.02", "0.1", "0.5", "2", "10", "50"])
-        axes[0].minorticks_off()
+            step_axis(ax, ("0.02", "0.1", "0.5", "2", "10", "50"))
+        axes[1].set_ylim(top=1)
+        legend_once(figure, ncols=2)
         figure.suptitle(env_id)
-        out = HERE / f"{env_id.replace('/', '-')}.png"
-        figure.savefig(out, dpi=120)
-        plt.close(figure)
-        print(out)
+        save(figure, f"{env_id.replace('/', '-').replace(':', '-')}.png")
 
 
-# Labels -> mean over the paper's eight tasks of (score - random) / (true-reward score - random), 20M steps (Fig. 2)
-PAPER_NORMALISED = {"350": 0.72, "700": 0.96, "1400": 1.04}
-TASKS = [task for task in PAPER_TASKS if "ALE" not in task] + ["InvertedPendulum-v5"]
-COLOURS = {"true-reward": "C1", "350": "C2", "700": "C0", "1400": "C3"}
+# ---- MuJoCo ----------------------------------------------------------------------------------------------------------
+SOURCES = {"true-reward": "C1", "350": "C2", "700": "C0", "1400": "C3"}
 
 
 def source(row: dict) -> str:
@@ -266,15 +462,25 @@ def source(row: dict) -> str:
 def normalised_scores(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
     """labels -> task -> a score per seed: 0 is the random policy's, 1 the mean of the true-reward runs'."""
     runs = defaultdict(list)
-    for row in plain(rows):
-        if row["final_return_mean"]:
-            runs[row["env_id"], source(row)].append(float(row["final_return_mean"]))
+    for row in plain(of_one_budget(last_scores(rows))):
+        runs[row["env_id"], source(row)].append(float(row["final_return_mean"]))
     scores: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for (task, labels), returns in runs.items():
         zero, one = runs.get((task, "random")), runs.get((task, "true-reward"))
         if labels in PAPER_NORMALISED and zero and one:
             zero, one = np.mean(zero), np.mean(one)
             scores[labels][task] = [(score - zero) / (one - zero) for score in returns]
+    return scores
+
+
+def paper_scores(rows: list[dict], labels: str) -> list[float]:
+    """The paper's normalised scores after 20M steps, of the tasks whose curves it has; zero is our random policy's."""
+    scores = []
+    for task in TASKS:
+        zero = [float(row["final_return_mean"]) for row in rows if (row["env_id"], row["feedback"]) == (task, "random")]
+        one, score = (paper_curve(2, task, curve)[1] for curve in ("real reward", f"{labels} syn"))
+        if zero and one and score:
+            scores.append((score[-1] - np.mean(zero)) / (one[-1] - np.mean(zero)))
     return scores
 
 
@@ -286,65 +492,89 @@ def bootstrap_interval(per_task: list[list[float]], draws: int = 10_000) -> tupl
 
 
 def draw_mujoco(named: set[str]) -> None:
-    """Per task, the true return over steps, the paper's dashed; and the table of scores.
+    """Per task, the true return over steps, the paper's dashed.
 
-    Drawn are the baseline, the paper's numbers of labels, and whatever was named: any teacher, ablation and labels.
+    Drawn are the baseline and the paper's numbers of labels, mean and range over seeds, runs that have not ended as
+    thin lines; and whatever was named: any teacher, ablation and number of labels.
     """
-    every = read_csv(HERE / "mujoco.csv")
-    rows = plain(every)
-    tasks = sorted({row["env_id"] for row in every})
-    figure, axes = task_axes(tasks, 3.25)
+    every = [row for row in read_csv(HERE / "mujoco.csv") if read_curve(row["run"])]
+    known = [row for row in plain(every) if source(row) in SOURCES]
+    tasks = sorted({row["env_id"] for row in [*known, *(row for row in every if row["run"] in named)]})
+    figure, axes = task_axes(tasks, 3.4)
     for ax, task in zip(axes.flat, tasks, strict=False):
-        for row in (row for row in every if row["env_id"] == task and row["feedback"] != "random"):
-            style = {"color": COLOURS.get(source(row)), "linewidth": 1.0, "label": described(row)}
-            if row["run"] in named:
-                style = NAMED | {"label": f"{described(row)}, seed {row['seed']}"}
-            elif row not in rows or not style["color"]:
-                continue
-            plot_curve(ax, read_curve(row["run"]), "return", 1e6, **style)
-        if ax.lines:
-            legend_once(ax)
+        rows = [row for row in known if row["env_id"] == task]
+        own = [row for row in every if row["env_id"] == task and row["run"] in named]
+        rows = [row for row in rows if row not in own]
+        longest = max(map(budget, rows or own))
+        left_out = len(rows) - len(rows := [row for row in rows if budget(row) == longest])
+        if left_out:
+            print(f"{task}: not drawn are {left_out} runs of fewer steps, or of the first generation")
+        for name, colour in SOURCES.items():
+            label = "true reward" if name == "true-reward" else f"{int(name):,} labels"
+            found = [row for row in rows if source(row) == name]
+            plot_runs(ax, [row["run"] for row in last_scores(found)], "return", color=colour, label=label)
+            for row in (row for row in found if not ended(row)):
+                plot_runs(ax, [row["run"]], "return", color=colour, linewidth=0.9, label=f"{label}, not ended")
+        for row in own:
+            label = f"{described(row)}, seed {row['seed']}{', not ended' * (not ended(row))}"
+            plot_runs(ax, [row["run"]], "return", **NAMED, label=label)
+        if own:
+            lines = [line for line in ax.lines if line.get_color() == NAMED["color"]]
+            ax.legend(lines, [line.get_label() for line in lines], fontsize=10)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
-            plot_paper(ax, 20, paper_curve(2, task, curve), color=COLOURS[name], linewidth=1.0, alpha=0.6)
-        steps = max(int(row["total_timesteps"] or 0) for row in every if row["env_id"] == task)
-        ax.set_title(f"{task}, {steps / 1e6:.2g}M steps")
-        ax.grid(alpha=0.3)
-        ax.set_xscale("log")
-        ax.set_xlim(0.02, 20)
-        ax.set_xticks([0.02, 0.1, 0.5, 2, 20], ["0.02", "0.1", "0.5", "2", "20"])
-        ax.minorticks_off()
-        ax.set_xlabel("million steps (dashed: the paper's)")
-    figure.savefig(HERE / "mujoco.png", dpi=110)
-    plt.close(figure)
-    print(HERE / "mujoco.png")
+            plot_paper(ax, 20, paper_curve(2, task, curve), color=SOURCES[name], alpha=0.6)
+        ax.plot([], [], color="0.5", **PAPER, label="the paper's")
+        ax.set_title(f"{task.removesuffix('-v5')}, {longest[0] / 1e6:.2g}M", fontsize=13)
+        step_axis(ax, ("0.02", "0.1", "0.5", "2", "20"))
+    for ax in axes[-1]:
+        ax.set_xlabel("million steps")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("true return")
+    legend_once(figure, ncols=6)
+    save(figure, "mujoco.png")
 
-    missing = []
+
+def print_mujoco() -> None:
+    """The tables of scores: a number per seed, and normalised, beside the paper's."""
+    every = read_csv(HERE / "mujoco.csv")
+    scored = last_scores(every)
+    rows, missing = plain(of_one_budget(scored)), []
+    tasks = sorted({row["env_id"] for row in every})
     print("\n| task | random | true reward | 350 labels | 700 labels | 1400 labels |\n|---|---|---|---|---|---|")
     for task in tasks:
         cells = []
         for name in ("random", "true-reward", "350", "700", "1400"):
-            ended = [r for r in rows if r["final_return_mean"] and (r["env_id"], source(r)) == (task, name)]
-            found = [f"{float(r['final_return_mean']):,.1f}" for r in ended]
-            cells.append(", ".join(found) or "–")
+            found = [r["final_return_mean"] for r in rows if (r["env_id"], source(r)) == (task, name)]
+            cells.append(", ".join(f"{float(score):,.1f}" for score in found) or "–")
             missing += [] if found else [f"{task} {name}"]
         print(f"| {task} | {' | '.join(cells)} |")
     missing += [f"all of {task}" for task in TASKS if task not in tasks]
     print(f"without a run: {', '.join(missing) or 'none'}")
-    for labels, scores in sorted(normalised_scores(rows).items(), key=lambda item: int(item[0])):
-        means = [np.mean(seeds) for seeds in scores.values()]
+    within = of_one_budget(scored)
+    left_out = Counter(f"{row['env_id']} {budget(row)[0] / 1e6:.2g}M steps" for row in scored if row not in within)
+    if left_out:
+        print("left out, of other lengths or generations than the true reward's longest runs:")
+        print("  " + ", ".join(f"{what} ({number})" for what, number in sorted(left_out.items())))
+    for labels, scores in sorted(normalised_scores(every).items(), key=lambda item: int(item[0])):
         low, high = bootstrap_interval(list(scores.values()))
-        print(
-            f"{labels} labels, {len(scores)} tasks: mean {np.mean(means):.2f} [{low:.2f}, {high:.2f}], clipped at 1.5 "
-            f"{np.mean(np.minimum(means, 1.5)):.2f}, median {np.median(means):.2f}; paper, 8 tasks: "
-            f"{PAPER_NORMALISED[labels]}"
-        )
+        seeds = sum(map(len, scores.values()))
+        ours = summed_up([float(np.mean(seeds)) for seeds in scores.values()])
+        print(f"{labels} labels, {len(scores)} tasks, {seeds} runs: {ours}; 95 % of the mean [{low:.2f}, {high:.2f}]")
+        paper = paper_scores(rows, labels)
+        read_off = f"; {len(paper)} of them, read off: {summed_up(paper)}" if paper else ""
+        print(f"  the paper after 20M steps: mean over 8 tasks {PAPER_NORMALISED[labels]}{read_off}")
+
+
+def summed_up(means: list[float]) -> str:
+    clipped = np.mean(np.minimum(means, 1.5))
+    return f"mean {np.mean(means):.2f}, clipped at 1.5 {clipped:.2f}, median {np.median(means):.2f}"
 
 
 def print_teachers() -> None:
     """The scores of imperfect teachers' runs, beside those of as many right answers."""
     groups: dict[tuple[str, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in of_one_budget(read_csv(HERE / "mujoco.csv")):
-        if row["feedback"] == "oracle" and row["ablation"] in ("", "none") and row["final_return_mean"]:
+    for row in of_one_budget(last_scores(read_csv(HERE / "mujoco.csv"))):
+        if row["feedback"] == "oracle" and row["ablation"] in ("", "none"):
             teacher = ", ".join(imperfect(row)) or "no mistakes"
             groups[row["env_id"], int(row["labels"])][teacher].append(f"{float(row['final_return_mean']):,.1f}")
     for (task, labels), teachers in sorted(groups.items()):
@@ -353,52 +583,33 @@ def print_teachers() -> None:
                 print(f"{task}, {labels:,} labels, {teacher}: {', '.join(scores)}")
 
 
-def draw_human() -> None:
-    """Per task, the true return over steps and the labels over steps, of runs by --human and of the oracle's."""
-    rows = read_csv(HERE / "human.csv")
-    tasks = sorted({row["env_id"] for row in rows})
-    figure, axes = plt.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 6), squeeze=False, layout="constrained")
-    for column, task in zip(axes.T, tasks, strict=True):
-        for i, row in enumerate(row for row in rows if row["env_id"] == task):
-            curve = read_curve(row["run"])
-            for ax, name in zip(column, ("return", "labels"), strict=True):
-                plot_curve(ax, curve, name, 1e6, color=f"C{i}", linewidth=1.2, label=row["labeller"])
-                ax.set_ylabel("true return" if name == "return" else "labels")
-                ax.set_xlabel("million steps")
-                ax.grid(alpha=0.3)
-        column[0].set_title(task)
-        column[0].legend(fontsize=8)
-    figure.savefig(HERE / "human.png", dpi=110)
-    plt.close(figure)
-    print(HERE / "human.png")
-
-
 def draw_labels() -> None:
     """Normalised score against the number of labels: mean over tasks with its interval, tasks, and the paper's mean."""
     scores = normalised_scores(read_csv(HERE / "mujoco.csv"))
-    figure, ax = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7.5, 6), layout="constrained")
     labels = sorted(scores, key=int)
     for i, task in enumerate(sorted({task for tasks in scores.values() for task in tasks})):
         found = [(int(n), np.mean(scores[n][task])) for n in labels if task in scores[n]]
-        ax.plot(*zip(*found, strict=True), "o-", color=f"C{i}", alpha=0.35, markersize=3, label=task)
-    means = [np.mean([np.mean(seeds) for seeds in scores[n].values()]) for n in labels]
-    bounds = np.array([bootstrap_interval(list(scores[n].values())) for n in labels]).reshape(-1, 2)
-    around = np.abs(bounds.T - means) if labels else None
-    ax.errorbar([int(n) for n in labels], means, around, color="k", marker="o", capsize=3, label="mean")
+        name = task.removesuffix("-v5")
+        ax.plot(*zip(*found, strict=True), "o-", color=f"C{i}", alpha=0.5, linewidth=1, markersize=4, label=name)
     ax.plot(
         [int(n) for n in PAPER_NORMALISED], PAPER_NORMALISED.values(), "k--", alpha=0.6, label="the paper's, 8 tasks"
     )
+    means = [np.mean([np.mean(seeds) for seeds in scores[n].values()]) for n in labels]
+    bounds = np.array([bootstrap_interval(list(scores[n].values())) for n in labels]).reshape(-1, 2)
+    around = np.abs(bounds.T - means) if labels else None
+    style = {"color": "k", "marker": "o", "linewidth": 2.5, "capsize": 4, "label": "mean, 95 %"}
+    ax.errorbar([int(n) for n in labels], means, around, **style)
     ax.set_xscale("log", base=2)
-    ax.set_xticks([350, 700, 1400], ["350", "700", "1400"])
+    ax.set_xticks([350, 700, 1400], ["350", "700", "1,400"])
     ax.set_xlabel("labels")
     ax.set_ylabel("0: random policy, 1: true reward")
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
-    figure.savefig(HERE / "labels.png", dpi=120)
-    plt.close(figure)
-    print(HERE / "labels.png")
+    legend_once(figure, ncols=3)
+    save(figure, "labels.png")
 
 
+# ---- Ablations, people -----------------------------------------------------------------------------------------------
 ABLATIONS = {  # ours -> the paper's
     "none": "original",
     "random-queries": "random queries",
@@ -416,8 +627,8 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
     curves: the paper's figures of the baseline and of its ablations. Its scores are scaled by our random policy and its
     own baseline, ours by that of our own.
     """
-    rows = [row for row in of_one_budget(read_csv(HERE / f"{name}.csv")) if not imperfect(row)]
-    rows = [row for row in rows if row["final_return_mean"]]
+    rows = of_one_budget(last_scores(read_csv(HERE / f"{name}.csv")))
+    rows = [row for row in rows if algorithm(row) == "PPO" and not imperfect(row)]
     runs = defaultdict(list)
     for row in rows:
         if row["feedback"] != "oracle" or int(row["labels"]) == labels:
@@ -430,28 +641,53 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
     if not tasks:
         print(f"{name}.csv has no ablations yet: no figure of them")
         return
-    figure, axes = task_axes(tasks, 4)
+    figure, axes = task_axes(tasks, 3.6, sharey=True)
     for ax, task in zip(axes.flat, tasks, strict=False):
         zero, one = np.mean(runs[task, "random"]), np.mean(runs[task, "true-reward"])
         paper_one = (paper_curve(curves[0], task, baseline)[1] or [np.nan])[-1]
         for i, (ours, theirs) in enumerate(ABLATIONS.items()):
             scores = [(score - zero) / (one - zero) for score in runs.get((task, ours), [])]
             if scores:
-                ax.bar(i - 0.2, np.mean(scores), 0.4, color="C0", label="ours")
-                ax.plot([i - 0.2] * len(scores), scores, "k.", markersize=4)
+                ax.bar(i - 0.2, np.mean(scores), 0.4, color="C0", label="ours, a dot per seed")
+                ax.plot([i - 0.2] * len(scores), scores, "k.", markersize=6)
             paper = paper_curve(curves[1], task, theirs)[1]
             if paper:
                 ax.bar(i + 0.2, (paper[-1] - zero) / (paper_one - zero), 0.4, color="0.7", label="the paper's")
-        ax.set_xticks(range(len(ABLATIONS)), ABLATIONS, rotation=70, fontsize=8)
+        ax.set_xticks(range(len(ABLATIONS)), [])
         ax.set_ylim(-0.5, 2.5)
-        ax.set_title(task, fontsize=10)
+        ax.set_title(task.removesuffix("-v5"), fontsize=13)
+        ax.axhline(0, color="k", linewidth=0.8)
         ax.grid(axis="y", alpha=0.3)
-    legend_once(axes[0, 0])
+        if len(tasks) - list(axes.flat).index(ax) <= 4:  # the lowest of its column
+            ax.set_xticks(range(len(ABLATIONS)), ABLATIONS, rotation=60, ha="right", rotation_mode="anchor")
     for ax in axes[:, 0]:
-        ax.set_ylabel("0: random policy, 1: true reward")
-    figure.savefig(HERE / f"{name}_ablations.png", dpi=110)
-    plt.close(figure)
-    print(HERE / f"{name}_ablations.png")
+        ax.set_ylabel("0: random policy\n1: true reward")
+    legend_once(figure, ncols=2)
+    save(figure, f"{name}_ablations.png")
+
+
+def draw_human() -> None:
+    """Per task, the true return over steps and the labels over steps, of runs by --human and of the oracle's."""
+    rows = read_csv(HERE / "human.csv")
+    tasks = sorted({row["env_id"] for row in rows})
+    figure, axes = plt.subplots(2, len(tasks), figsize=(6 * len(tasks), 6.4), squeeze=False, layout="constrained")
+    for column, task in zip(axes.T, tasks, strict=True):
+        for i, row in enumerate(newest([row for row in rows if row["env_id"] == task])):
+            curve = read_curve(row["run"])
+            for ax, name in zip(column, ("return", "labels"), strict=True):
+                xy = [(int(point["step"]) / 1e6, float(point[name])) for point in curve if point[name]]
+                style = {"color": f"C{i}", "linewidth": 2 - 0.6 * (i % 2), "label": row["labeller"]}
+                if xy:
+                    ax.plot(*zip(*xy, strict=True), **style)
+                ax.grid(alpha=0.3)
+        column[0].set_title(task)
+        column[1].set_xlabel("million steps")
+        top = column[0].get_ylim()[1]
+        column[0].set_ylim(top=top + 0.16 * (top - column[0].get_ylim()[0]) * len(column[0].lines))
+        column[0].legend(loc="upper left")
+    axes[0, 0].set_ylabel("true return")
+    axes[1, 0].set_ylabel("labels")
+    save(figure, "human.png")
 
 
 if __name__ == "__main__":
@@ -461,10 +697,11 @@ if __name__ == "__main__":
     for argument in parser.parse_args().runs:
         try:
             named |= collect_export(argument) if argument.suffix == ".csv" else collect(argument)
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{argument} is neither a run that has ended nor a CSV of W&B's ({error})")
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            parser.error(f"{argument} is neither a run with a checkpoint or a summary nor a CSV of W&B's ({error})")
     draw_atari(named)
     draw_mujoco(named)
+    print_mujoco()
     print_teachers()
     draw_labels()
     draw_ablations("mujoco", 700, (2, 5), "real reward")

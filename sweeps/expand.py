@@ -2,7 +2,7 @@
 
     python sweeps/expand.py sweeps/figure2_labels.yaml
     python sweeps/expand.py sweeps/figure2_labels.yaml --no-track | xargs -P 2 -I{} sh -c "{}"      # two at a time
-    sbatch --array=1-120 --wrap 'eval "$(python sweeps/expand.py FILE --no-track | sed -n ${SLURM_ARRAY_TASK_ID}p)"'
+    sbatch --array=1-105 --wrap 'eval "$(python sweeps/expand.py FILE --no-track | sed -n ${SLURM_ARRAY_TASK_ID}p)"'
 
 A search over a distribution has no list: three random draws of it are printed, with each of the other values.
 """

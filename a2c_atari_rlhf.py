@@ -331,6 +331,7 @@ class Envs:
         self.finished: list[tuple[float, int]] = []  # true return and length of the episodes that have ended
 
     def reset(self, seed: int) -> np.ndarray:
+        self.finished.clear()  # a resumed run has not seen those of before
         stacks, infos = self.games.reset(seed=seed)
         self.lives, self.history = infos["lives"], np.zeros(len(stacks), np.uint8)
         self.score, self.length = np.zeros(len(stacks)), np.zeros(len(stacks), int)

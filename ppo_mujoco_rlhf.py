@@ -346,6 +346,7 @@ class Envs:
         self.finished: list[tuple[float, int]] = []  # true return and length of the episodes that have ended
 
     def reset(self, seed: int) -> np.ndarray:
+        self.finished.clear()  # a resumed run has not seen those of before
         self.left = np.full(len(self.tasks), self.episode)  # steps to the end of each episode
         self.score, self.length = np.zeros(len(self.tasks)), np.zeros(len(self.tasks), int)
         return np.stack([task.reset(seed=seed + i)[0] for i, task in enumerate(self.tasks)]).astype(np.float32)

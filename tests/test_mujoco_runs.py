@@ -370,7 +370,7 @@ def test_the_initial_phase_rolls_out_the_untrained_policy_and_asks_about_fresh_r
     assert "select_pairs" not in events[first:] and "pretrain" not in events[first:]
     assert all(torch.equal(actors[0], actor) for actor in actors[: before.count("roll_out")])
     assert not torch.equal(actors[0], actors[before.count("roll_out")])
-    assert sum(len(out) for _, _, out in chosen) == 48 and len(chosen) > 3
+    assert sum(len(out) for _, _, out in chosen) == 48 and len(chosen) >= 3
     for (_, _, out), (later, _, _) in itertools.pairwise(chosen):
         assert out[..., 1].max() + 5 <= later
     assert len(witness[0]["obs"]) * 4 == 2560 + 128 * (before.count("roll_out") - 1)

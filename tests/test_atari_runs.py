@@ -487,6 +487,19 @@ def test_numbers_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_pa
     assert digest(cut) == digest(whole)
 
 
+@pytest.mark.parametrize("module", ["agent", "ensemble"])
+def test_one_number_that_is_not_finite_keeps_a_checkpoint_from_being_saved(tmp_path, module):
+    modules = {"agent": torch.nn.Linear(2, 2), "ensemble": torch.nn.Linear(2, 2)}
+    pool, progress = script.SegmentPool(0, 1, "cpu"), script.Progress()
+    script.save_checkpoint(tmp_path, modules, pool, progress)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        modules[module].weight[1, 0] = math.inf
+    with pytest.raises(SystemExit) as end:
+        script.save_checkpoint(tmp_path, modules, pool, progress)
+    assert "is not finite" in end.value.code and (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_learning_rate_that_is_far_too_high_ends_the_run(tmp_path, toy):
     end = ended(SystemExit, run, tmp_path, "--true-reward", "--total-timesteps", "768", "--learning-rate", "1e9")
     assert isinstance(end.code, str) and f"{only(tmp_path)}/checkpoint.pt is the last good checkpoint" in end.code

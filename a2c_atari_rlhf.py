@@ -72,7 +72,9 @@ REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
 SAVE_SECONDS = 60  # between two checkpoints, at least
-SHOWN = ("losses/entropy", "labels/used", "labels/ties", "reward_model/accuracy_heldout", "reward_model/correlation")
+SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
+SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_model/correlation"}
+FIXED = ("env_id", "num_envs", "query_pool_steps", "segment_length", "num_members", "ablation", "preferences")
 CLIP = {"width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}  # what people see of a clip
 
 
@@ -111,7 +113,9 @@ class Args:
     oracle: bool = False  # reward learned from a synthetic oracle's answers; give this, --human or --true-reward
     human: bool = False  # reward learned from people's answers, through label_server.py
     true_reward: bool = False  # no reward learning: the baseline, paid by the clipped score
-    seed: Number = 1  # two runs with the same arguments end in the same parameters (on a CPU)
+    seed: Annotated[int, within(int, 0, 2**30)] = (
+        1  # two runs with the same arguments end in the same parameters (on a CPU)
+    )
     total_timesteps: Count = 50_000_000  # agent steps (4 frames each) over all environments, in whole rollouts
     device: str = "auto"  # "cpu", "cuda", "cuda:1", ...; auto takes a GPU where there is one
     threads: Count = CORES  # of PyTorch on the CPU, and of the emulator
@@ -186,6 +190,8 @@ class Args:
     @property
     def query_batch(self) -> int:
         """Few labels are asked for in ten batches, so that they don't all come at the end."""
+        if self.ablation == "no-online-queries":
+            return QUERY_BATCH
         return max(1, min(QUERY_BATCH, (self.labels - self.initial_labels) // 10))
 
 
@@ -214,17 +220,17 @@ def refuse(args: Args) -> None:
     }
     for message in [message for message, wrong in refused.items() if wrong]:
         fail(message)
-    for source in sources:
+    for source in sources * (not args.resume):  # what a run needs of others lies in its own directory
         other = read_run(source)["args"]
         if other["env_id"] != args.env_id:
             fail(f"{source} is a run of {other['env_id']}, not of {args.env_id}")
-    if args.preferences:
+    if args.preferences and not args.resume:
         answers, _ = read_answers(Path(args.preferences) / "preferences" / "answers.jsonl")
         if not any(answer["mu"] is not None for answer in answers):
             fail(f"{args.preferences} has no answers: no label yet, or written by the first version of these scripts")
         if args.clip_length != (1 if other["ablation"] == "no-segments" else other["segment_length"]):
             fail(f"{args.preferences} has clips of another length")
-    if args.reward_model and other["true_reward"]:
+    if args.reward_model and not args.resume and other["true_reward"]:
         fail(f"{args.reward_model} has learned no reward model")
 
 
@@ -243,6 +249,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if run["script"] != SCRIPT or run["args"].keys() != asdict(args).keys():
             fail(f"{args.resume} was begun by another script or version: go on with the copy that lies in it")
         args = tyro.cli(Args, args=argv, default=Args(**run["args"]))
+        for name in FIXED:
+            if getattr(args, name) != run["args"][name]:
+                fail(f"--{name.replace('_', '-')} can't be changed beside --resume")
         for name in run["args"]:
             if name != "resume" and getattr(args, name) != run["args"][name]:
                 print(f"--{name.replace('_', '-')} is {getattr(args, name)} from now on, not {run['args'][name]}")
@@ -261,7 +270,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         args.bf16 &= torch.cpu.get_capabilities().get("avx512_bf16", False)
     refuse(args)
-    if args.reward_model:
+    if args.reward_model and not args.resume:
         args.num_members = len(read_checkpoint(args.reward_model)["ensemble"]["mean"])
     return args
 
@@ -614,7 +623,7 @@ def read_answers(journal: Path, position: int = 0) -> tuple[list[dict], int]:
     for line in text.splitlines():
         try:
             answer = json.loads(line)
-            if isinstance(answer["pair"], int) and answer["mu"] in (0, 0.5, 1, None):
+            if isinstance(answer["pair"], int) and answer["pair"] >= 0 and answer["mu"] in (0, 0.5, 1, None):
                 answers.append(answer)
         except (ValueError, KeyError, TypeError):
             continue
@@ -635,6 +644,8 @@ class Preferences:
         answers that lie there, so that a resumed run is the same run. Of people's, all count."""
         self.folder, self.journal, self.window = folder, folder / "answers.jsonl", window or sys.maxsize
         self.device, self.members, self.position = args.device, args.members, 0  # bytes of the journal that were read
+        if args.oracle and self.journal.exists() and not self.journal.read_bytes().endswith(b"\n"):
+            self.journal.write_bytes(self.journal.read_bytes() + b"\n")  # it was killed in the middle of a line
         self.answered: set[int] = set()
         self.waiting: list[dict] = []  # answers to pairs that the oracle is about to ask again
         self.labels: list[dict] = []  # arrays of the newest `window`
@@ -810,9 +821,7 @@ def policy_loss(newlogprob, entropy, newvalue, advantages, returns, args: Args):
     return loss, {"policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Updates
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Updates ---------------------------------------------------------------------------------------------------------
 class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as TensorFlow had it: epsilon inside of the root, and an average that begins with ones, not zeros.
 
@@ -915,7 +924,7 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
     while stale < 4 and presented < args.pretrain_pairs:
-        tell("pretraining", preferences, progress, args, share=presented / args.pretrain_pairs)
+        tell("pretraining", preferences, progress, args, progress=presented / args.pretrain_pairs)
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
@@ -1068,24 +1077,27 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, object]:
     return run_dir, lock, wandb_run
 
 
-def tell(phase: str, preferences: Preferences, progress: Progress, args: Args, **more) -> None:
+def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **more) -> None:
     """status.json, what the label page tells of a run of people. Phases: initial, pretraining, training, finished; with
     `wanted`, it stands still until so many labels have come."""
     if args.human:
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
-        status |= {"global_step": progress.iteration * args.batch_size} | more
+        status |= {"global_step": counts.iteration * args.batch_size, "progress": None} | more
         write_json(Path(args.resume) / "status.json", status)
 
 
+def stop_at_infinity(run_dir: Path, progress: Progress):
+    """End a run whose numbers are no longer finite, with exit code 1."""
+    sys.exit(f"{SCRIPT}: what the policy learns from is not finite after step {progress.global_step}: try a lower "
+             f"--learning-rate; {run_dir}/checkpoint.pt is the last good checkpoint")  # fmt: skip
+
+
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
-    """Tensors and numbers only. Numbers that are no longer finite end the run with exit code 1 instead."""
-    for name, value in modules["agent"].named_parameters():
-        if not value.isfinite().all():
-            sys.exit(
-                f"{SCRIPT}: the policy's {name} is not finite after step {progress.global_step}: try a lower "
-                f"--learning-rate; {run_dir}/checkpoint.pt is the last good checkpoint"
-            )
+    """Tensors and numbers only, and none that is not finite."""
+    values = [*modules["agent"].parameters(), *modules["ensemble"].parameters()]
+    if not all(value.isfinite().all() for value in values):
+        stop_at_infinity(run_dir, progress)
     state = {name: module.state_dict() for name, module in modules.items()}
     state |= {"progress": asdict(progress), "pool": vars(pool)}
     write_whole(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -1232,6 +1244,8 @@ def train(args: Args) -> dict:
         print(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
     started = time.monotonic() - progress.wall_seconds
 
+    tell("initial" if is_new else "training", preferences, progress, args)
+
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
     if is_new and not args.true_reward:
         if args.reward_model:
@@ -1292,6 +1306,8 @@ def train(args: Args) -> dict:
         # lambda 1: n-step returns, of n = num_steps and less
         advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, gae_lambda=1.0)
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
+        if not advantages.isfinite().all():  # before a pair of such clips is stored
+            stop_at_infinity(run_dir, progress)
         policy_log = update_policy(agent, optimizer, [x.flatten(0, 1) for x in batch], args)
 
         # 5. Ask when enough labels are due, and what nobody could answer anew; people get the last tenth to answer
@@ -1318,7 +1334,9 @@ def train(args: Args) -> dict:
 
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
-        tell("training", preferences, progress, args)
+        accuracy = float(reward_log.get("accuracy_heldout", math.nan)) if args.human else math.nan
+        accuracy = accuracy if math.isfinite(accuracy) else None
+        tell("training", preferences, progress, args, labels_due=due, accuracy_heldout=accuracy)
         scalars = {}
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0)
@@ -1339,7 +1357,7 @@ def train(args: Args) -> dict:
             left = (total_steps - step) / speed / 3600
             line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
             line += f"  return {np.mean(progress.returns or math.nan):.1f}"
-            print(line, *(f" {name} {scalars[name]:.4g}" for name in SHOWN if name in scalars), flush=True)
+            print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             for message, bad in {
                 "nine of ten labels are ties: they teach little": scalars.get("labels/ties", 0) > 0.9,
                 "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,

@@ -1,19 +1,19 @@
 """Fifty people with two seconds of think time label for a minute: how long do they wait for a claim, for an answer?
 
-    python benchmarks/label_server_load.py                              # SQLite; writes label_server_load.csv beside it
-    python benchmarks/label_server_load.py --database-url postgresql+psycopg://user@localhost/empty
+    python benchmarks/label_server_load.py                    # writes label_server_load.csv beside it
 
-Each person keeps a connection, claims a pair, fetches its two clips, thinks, answers, and asks for progress as the page
-does; a trainer keeps the queue filled and reads the answers by long poll. Ends with exit code 1 on any error.
+Each person keeps a connection, claims a pair while the one before is on the screen, fetches its two clips, thinks,
+answers, and asks for progress as the page does; a trainer, which only writes files, keeps pairs open. Ends with exit
+code 1 on any error.
 """
 
 import argparse
-import base64
 import http.client
 import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,18 +24,17 @@ from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
-from label_server_kills import Server, append_row
+from label_server_kills import Server, append_row, train
 
 CLIP = {"frames": 25, "width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}
-RUN = {"name": "load", "env_id": "ALE/Pong-v5", "script": "load", "labels": 10**6, "max_open": 10**6, "clip": CLIP}
 
 
-def make_sheet(rng: np.random.Generator) -> str:
+def make_sheet(rng: np.random.Generator) -> bytes:
     """About two kilobytes, as a lossless sheet of an Atari game."""
     image = np.zeros((1050, 800, 3), np.uint8)
     for x, y in rng.integers(0, (780, 1030), (60, 2)):
         image[y : y + 16, x : x + 4] = rng.integers(0, 255, 3)
-    return base64.b64encode(cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()).decode()
+    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
 
 
 class Caller:
@@ -62,10 +61,11 @@ def main():
     parser.add_argument("--people", type=int, default=50)
     parser.add_argument("--think", type=float, default=2.0, help="mean of an exponential distribution, in seconds")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--database-url")
+    parser.add_argument("--train", type=Path, help="be the trainer of this run directory")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
-    sheets = [make_sheet(np.random.default_rng(seed)) for seed in range(8)]
+    if args.train:
+        train(args.train, [make_sheet(np.random.default_rng(seed)) for seed in range(8)], CLIP, ahead=4 * args.people)
     stop, times, errors = threading.Event(), {}, []
 
     def guarded(work, *arguments):
@@ -80,10 +80,10 @@ def main():
         while not stop.is_set():
             pair = call("claim", "POST", "/api/claim", {"labeller": name})["pair"]
             if pair is None:
-                errors.append("the queue ran empty")
+                errors.append("no pair was open")
                 return
             for side in ("left", "right"):
-                call("sprite", "GET", pair[side])
+                call("clip", "GET", f"/{pair[side]}")
             seconds = rng.expovariate(1 / args.think)
             if stop.wait(seconds):  # the end, which would make all answer at once
                 return
@@ -91,29 +91,15 @@ def main():
             call("answer", "POST", "/api/answers", body | {"answer": rng.choice(["left", "right", "equal"])})
             call("progress", "GET", f"/api/progress?labeller={name.replace(' ', '%20')}")
 
-    def fill(server, run):
-        call, opened = Caller(server, "trainer", times), 0
-        while not stop.is_set():
-            if opened > 3 * args.people:
-                time.sleep(0.5)
-            body = {"run": run, "clips": random.sample(sheets, 2), "sums": [None, None]}
-            opened = call("put", "PUT", f"/api/queries/{uuid.uuid4().hex}", body)["open"]
-
-    def train(server, run):
-        call, seq = Caller(server, "trainer", times), 0
-        while not stop.is_set():
-            seq = call("events", "GET", f"/api/runs/{run}/events?after={seq}&wait=2")["seq"]
-
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), args.database_url)
+        server = Server(Path(folder))
+        run = server.runs / "load"
+        trainer = subprocess.Popen([sys.executable, __file__, "--train", str(run), "--people", str(args.people)])
         try:
-            run = uuid.uuid4().hex
-            server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-            for _ in range(2 * args.people):
-                body = {"run": run, "clips": random.sample(sheets, 2), "sums": [None, None]}
-                server.call("PUT", f"/api/queries/{uuid.uuid4().hex}", body, "trainer")
+            while len(list(run.glob("preferences/*.npz"))) < 4 * args.people:
+                time.sleep(0.5)
+            time.sleep(3)  # until the server has looked
             jobs = [(label, server, f"person {i}", random.Random(i)) for i in range(args.people)]
-            jobs += [(fill, server, run), (train, server, run)]
             threads = [threading.Thread(target=guarded, args=job) for job in jobs]
             for thread in threads:
                 thread.start()
@@ -123,9 +109,11 @@ def main():
                 thread.join()
         finally:
             server.kill()
+            trainer.kill()
+            trainer.wait()
 
     row = {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
-    for kind in ("claim", "answer", "sprite", "progress"):
+    for kind in ("claim", "answer", "clip", "progress"):
         took = 1000 * np.array(times[kind])
         row |= {f"{kind}_n": len(took), f"{kind}_p50_ms": round(np.median(took), 1)}
         row |= {f"{kind}_p95_ms": round(np.quantile(took, 0.95), 1), f"{kind}_max_ms": round(took.max(), 1)}
@@ -134,7 +122,7 @@ def main():
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
-    for name, value in append_row(args.csv, args.database_url, row).items():
+    for name, value in append_row(args.csv, row).items():
         print(f"{name:>18} {value}")
     for error in errors[:5]:
         print(error, file=sys.stderr)

@@ -14,10 +14,8 @@ true reward's agent runs too.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -43,32 +41,31 @@ def main():
     parser.add_argument("--runs-dir", default="runs")
     args, flags = parser.parse_known_args()
     settle = fit_eye().faster if args.ties_by_speed else None
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "label_server.py"), "--port", str(args.port)]
-        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        try:
-            if not server.stdout.readline():  # its link
-                raise SystemExit("the label server did not start")
-            tokens = json.loads((Path(folder) / "label_server.tokens").read_text())
-            url = f"http://127.0.0.1:{args.port}"
-            for i in range(args.labellers):
-                Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes, settle=settle).start()
-            robots = f"{args.labellers} robots, {args.delay:g} s per answer, {args.mistakes:.0%} mistakes"
-            robots += ", ties by speed" * args.ties_by_speed
-            labels = ["--labels", str(args.labels)]
-            sources = {robots: ["--human", "--label-server", url, *labels], "oracle": ["--oracle", *labels]}
-            if args.true_reward:
-                sources["true reward"] = ["--true-reward"]
-            for labeller, source in sources.items():
-                runs_dir = (
-                    Path(args.runs_dir) / labeller.split(",")[0].replace(" ", "_") / time.strftime("%Y%m%d-%H%M%S")
-                )
-                train = [sys.executable, str(ROOT / args.script), *flags, *source, "--runs-dir", str(runs_dir)]
-                subprocess.run(train, check=True, env=os.environ | {"LABEL_SERVER_TOKEN": tokens["trainer"]})
-                (run_dir,) = runs_dir.iterdir()
-                collect(run_dir, "human.csv", labeller=labeller)
-        finally:
-            server.terminate()
+    runs_dir = Path(args.runs_dir) / time.strftime("robots-%Y%m%d-%H%M%S")
+    runs_dir.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "label_server.py"), "--port", str(args.port), "--runs-dir", str(runs_dir)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if not server.stdout.readline():  # its link
+            raise SystemExit("the label server did not start")
+        tokens = json.loads((runs_dir / "label_server.tokens").read_text())
+        url = f"http://127.0.0.1:{args.port}"
+        for i in range(args.labellers):
+            Robot(url, tokens["admin"], f"robot {i}", args.delay, args.mistakes, settle=settle).start()
+        robots = f"{args.labellers} robots, {args.delay:g} s per answer, {args.mistakes:.0%} mistakes"
+        robots += ", ties by speed" * args.ties_by_speed
+        labels = ["--labels", str(args.labels)]
+        sources = {robots: ["--human", *labels], "oracle": ["--oracle", *labels]}
+        if args.true_reward:
+            sources["true reward"] = ["--true-reward"]
+        for labeller, source in sources.items():
+            before = set(runs_dir.glob("*/args.json"))
+            train = [sys.executable, str(ROOT / args.script), *flags, *source, "--runs-dir", str(runs_dir)]
+            subprocess.run(train, check=True)
+            (fresh,) = set(runs_dir.glob("*/args.json")) - before
+            collect(fresh.parent, "human.csv", labeller=labeller)
+    finally:
+        server.terminate()
     draw_human()
 
 

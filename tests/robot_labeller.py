@@ -19,11 +19,11 @@ import uuid
 
 
 class Robot(threading.Thread):
-    """A labeller of its own name. `answers` are those that were acknowledged, by query.
+    """A labeller of its own name. `answers` are those that were acknowledged, by run and pair.
 
     delay: seconds per answer; mistakes: share of answers that are turned around; undo: share of answers that it takes
-    back, after the next one, and gives again; settle: what answers a pair of equal sums, from its two WebP sheets and
-    the layout of their frames.
+    back, after the next one, and gives again where it is in time; settle: what answers a pair of equal sums, from its
+    two WebP sheets and the layout of their frames.
     """
 
     def __init__(self, url: str, token: str, name: str, delay=0.0, mistakes=0.0, undo=0.0, seed=0, settle=None):
@@ -54,7 +54,8 @@ class Robot(threading.Thread):
         if left == right:
             if not self.settle:
                 return "equal"
-            return self.settle(self.call("GET", pair["left"]), self.call("GET", pair["right"]), pair["clip"])
+            left, right = (self.call("GET", f"/{pair[side]}") for side in ("left", "right"))
+            return self.settle(left, right, pair["clip"])
         return "left" if (left > right) != (self.random.random() < self.mistakes) else "right"
 
     def answer(self, pair: dict) -> str:
@@ -63,22 +64,24 @@ class Robot(threading.Thread):
         answer, body = uuid.uuid4().hex, {"labeller": self.labeller, "seconds": self.delay}
         body |= {"id": answer, "serving": pair["serving"], "answer": self.judge(pair)}
         self.call("POST", "/api/answers", body)
-        self.answers[pair["query"]] = body["answer"]
+        self.answers[pair["run"], pair["pair"]] = body["answer"]
         return answer
 
     def run(self):
         before = None
         while not self.stopping.is_set():
-            claim = {"labeller": self.labeller, "run": None, "wait": 1}
-            pair = json.loads(self.call("POST", "/api/claim", claim))["pair"]
+            pair = json.loads(self.call("POST", "/api/claim", {"labeller": self.labeller}))["pair"]
             if not pair:
+                self.stopping.wait(0.5)
                 continue
             last = self.answer(pair)
-            if before and self.random.random() < self.undo:  # the server holds the last one back, not this one
-                self.stopping.wait(0.3)  # so that the trainer has mostly read it
+            if before and self.random.random() < self.undo:
                 body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
-                self.answer(json.loads(self.call("POST", f"/api/answers/{before}/retract", body))["pair"])
-                last = None
+                try:
+                    again = json.loads(self.call("POST", f"/api/answers/{before}/undo", body))["pair"]
+                except RuntimeError:  # the agent has learned from it
+                    again = None
+                last = self.answer(again) if again else last
             before = last
 
 

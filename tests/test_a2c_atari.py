@@ -13,12 +13,14 @@ import torch
 
 import a2c_atari_rlhf as script
 import ppo_atari_rlhf as ppo
-from test_atari_runs import only, play_toy
+from test_atari_runs import Killed, Toy, digest, kill, only, play_toy
+from test_atari_runs import resume as resume_any
+from test_atari_runs import run as run_any
 
 SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64"]
-SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "8", "--torch-threads", "1", "--env-threads", "1"]
-SMALL += ["--eval-episodes", "2", "--checkpoint-every", "10", "--reset-every", "24", "--log-every", "20"]
-FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "1280"]
+SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "4", "--threads", "1", "--device", "cpu"]
+SMALL += ["--eval-episodes", "2", "--reset-every", "12", "--log-every", "20"]
+FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "640"]
 
 
 @pytest.fixture
@@ -26,9 +28,12 @@ def toy(monkeypatch):
     return play_toy(monkeypatch, script)
 
 
-def run(tmp_path, *flags, small=SMALL):
-    where = [] if "--resume" in flags else ["--runs-dir", str(tmp_path)]
-    return script.train(script.parse_args([*small, *where, *flags]))
+def run(folder, *flags):
+    return run_any(folder, *flags, small=SMALL, script=script)
+
+
+def resume(run_dir, *flags):
+    return resume_any(run_dir, *flags, script=script)
 
 
 def test_the_defaults_are_the_papers():
@@ -51,11 +56,12 @@ def test_the_gradient_is_ppos_at_ratio_one_on_one_full_batch():
         (script, [], (advantages, returns)),
         (ppo, ["--no-norm-adv"], (logprobs, advantages, returns, values)),
     ):
-        loss, _ = module.minibatch_loss(agent, module.parse_args(["--oracle", *flags]), obs, actions, *data)
+        _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+        loss, _ = module.policy_loss(newlogprob, entropy, newvalue, *data, module.parse_args(["--oracle", *flags]))
         agent.zero_grad()
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in agent.parameters()]))
-    assert gradients[0].norm() > 0.1 and torch.allclose(gradients[0], gradients[1], atol=1e-6)
+    assert gradients[0].norm() > 0.1 and torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
 def test_the_loss_by_hand():
@@ -66,6 +72,25 @@ def test_the_loss_by_hand():
     # policy -(2 x -1 + -1 x -2) / 2 = 0, value (1 + 4) / 2 / 2 = 1.25, entropy 1
     assert info["policy_loss"] == 0 and info["value_loss"] == 1.25 and info["entropy"] == 1
     assert loss.item() == pytest.approx(0.5 * 1.25 - 0.01)
+
+
+def test_an_update_is_one_clipped_step_on_the_whole_rollout():
+    """By SGD at rate 1, the parameters move by the loss's gradient, scaled to --max-grad-norm."""
+    torch.manual_seed(0)
+    agent, args = script.Agent(3, bf16=False), script.parse_args(["--oracle", "--max-grad-norm", "0.01"])
+    obs = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    rollout = (obs, torch.randint(0, 3, (8,)), torch.randn(8), torch.randn(8))
+    before = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
+    _, logprob, entropy, value = agent.get_action_and_value(obs, rollout[1])
+    script.policy_loss(logprob, entropy, value, *rollout[2:], args)[0].backward()
+    gradient = torch.cat([p.grad.flatten() for p in agent.parameters()])
+    info = script.update_policy(agent, torch.optim.SGD(agent.parameters(), lr=1.0), rollout, args)
+    moved = before - torch.cat([p.detach().flatten() for p in agent.parameters()])
+    assert info["grad_norm"].item() == pytest.approx(gradient.norm().item(), rel=1e-4) and gradient.norm() > 0.05
+    assert torch.allclose(moved, gradient * 0.01 / gradient.norm(), atol=1e-6)
+    assert info["explained_variance"].item() == pytest.approx(
+        1 - (rollout[2].var() / rollout[3].var()).item(), rel=1e-4
+    )
 
 
 def test_n_step_returns_by_hand():
@@ -97,42 +122,58 @@ def test_rmsprop_is_tensorflows():
 
 
 def test_a_run_counts_right_and_its_rate_falls_to_zero_at_1_6_times_its_length(tmp_path, toy):
+    lambdas, gae = [], script.compute_gae
+
+    def seen(*given, gae_lambda):
+        lambdas.append(gae_lambda)
+        return gae(*given, gae_lambda=gae_lambda)
+
+    toy.setattr(script, "compute_gae", seen)
     summary = run(tmp_path, *FEEDBACK)
-    assert (summary["labels_used"], summary["global_step"], summary["script"]) == (48, 1280, "a2c_atari_rlhf")
+    assert (summary["labels_used"], summary["total_timesteps"], summary["script"]) == (48, 640, "a2c_atari_rlhf")
+    assert summary["global_step"] > 640 and lambdas == [1.0] * 32
     assert all(math.isfinite(summary[name]) for name in ("reward_loss", "pg_loss", "v_loss", "entropy"))
     assert json.loads((only(tmp_path) / "summary.json").read_text()) == summary
-    (group,) = script.read_checkpoint(str(only(tmp_path)))["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(7e-4 * (1 - 63 / (1.6 * 64)))  # the 64th of 64 updates
+    (group,) = script.read_checkpoint(only(tmp_path))["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(7e-4 * (1 - 31 / (1.6 * 32)))  # the 32nd of 32 updates
 
 
 def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
-    """Across --reset-every and in the middle of clips, which are longer than a rollout."""
-    whole, write, checkpoints = run(tmp_path / "whole", *FEEDBACK), script.write_whole, []
+    """In the initial phase, and twice after a reset in the middle of clips, which are longer than a rollout."""
+    flags = [*FEEDBACK, "--num-steps", "3"]
+    run(tmp_path / "whole", *flags)
+    step, calls = Toy.step, []
 
-    def failing(path, content):
-        checkpoints.extend([path] if path.name == "checkpoint.pt" else [])
-        if len(checkpoints) == 5:
-            raise OSError("no space left on device")
-        write(path, content)
+    def mortal(self, action):
+        calls.append(1)
+        if len(calls) == mortal.until:
+            raise Killed
+        return step(self, action)
 
-    with toy.context() as patch, pytest.raises(OSError):
-        patch.setattr(script, "write_whole", failing)
-        run(tmp_path / "cut", *FEEDBACK)
+    toy.setattr(Toy, "step", mortal)
+    mortal.until = 20
+    kill(run, tmp_path / "cut", *flags)
     cut = only(tmp_path / "cut")
-    assert script.read_checkpoint(str(cut))["progress"]["iteration"] == 40
-    assert run(tmp_path, "--resume", str(cut), small=[])["params_sha256"] == whole["params_sha256"]
+    for steps in (150, 20):
+        mortal.until = len(calls) + steps
+        kill(resume, cut)
+    assert 0 < script.read_checkpoint(cut)["progress"]["iteration"] < 54
+    mortal.until = 0
+    resume(cut)
+    assert digest(cut) == digest(only(tmp_path / "whole"))
 
 
 def test_every_ablation_and_seed_gives_parameters_of_its_own(tmp_path, toy):
-    runs = [["--oracle", "--labels", "48", "--ablation", name] for name in get_args(script.Ablation)]
-    runs += [[*runs[0], "--seed", "2"], ["--true-reward"]]
-    runs = [[*flags, "--total-timesteps", "960"] for flags in runs]
-    hashes = [run(tmp_path / str(i), *flags)["params_sha256"] for i, flags in enumerate(runs)]
-    assert len(set(hashes)) == len(runs) and run(tmp_path / "again", *runs[0])["params_sha256"] == hashes[0]
+    runs = [["--oracle", "--labels", "40", "--ablation", name] for name in get_args(script.Ablation)]
+    runs += [[*runs[0], "--seed", "2"], ["--true-reward"], runs[0]]
+    for i, flags in enumerate(runs):
+        run(tmp_path / str(i), *flags, "--total-timesteps", "400")
+    digests = [digest(only(tmp_path / str(i))) for i in range(len(runs))]
+    assert digests[-1] == digests[0] and len(set(digests)) == len(runs) - 1
 
 
 @pytest.mark.parametrize("flags", [["--rmsprop-alpha", "1.5"], ["--num-minibatches", "4"], ["--labels", "0"]])
-def test_bad_input_ends_with_code_2(flags, capsys):
+def test_bad_input_ends_with_code_2(flags):
     with pytest.raises(SystemExit) as error:
         script.parse_args(["--oracle", *flags])
     assert error.value.code == 2

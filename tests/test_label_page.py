@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 import time
+import urllib.request
 
 import cv2
 import numpy as np
@@ -14,14 +15,13 @@ from playwright.sync_api import sync_playwright
 
 import label_server
 from benchmarks.label_server_kills import Server
-from label_world import TOKENS, World, listening, new_id, text
+from label_world import TOKENS, Trainer, World, listening, new_id
 
 FRAMES, SIZE = 12, 16
 CLIP = {"frames": FRAMES, "width": SIZE, "height": SIZE, "columns": 5, "fps": 20.0, "pixelated": True}
-RUN = {"name": "first", "env_id": "Hopper-v5", "script": "ppo", "labels": 100, "max_open": 1000, "clip": CLIP}
 LINK = f"/?token={TOKENS['labeller']}"
 # What a person has behind them after the first visit
-KNOWN = """for (const [key, value] of [["labeller", NAME], ["practised", "yes"], ["read:Hopper-v5", READ]])
+KNOWN = """for (const [key, value] of [["labeller", NAME], ["read:Hopper-v5", READ]])
     if (!localStorage.getItem(key)) localStorage.setItem(key, value);"""
 # What is on the two canvases: the red channel tells the frame, the green one the clip
 SEEN = """() => ["left", "right"].map((side) => {
@@ -31,12 +31,12 @@ SEEN = """() => ["left", "right"].map((side) => {
 })"""
 
 
-def numbered_sheet(clip: int) -> str:
+def numbered_sheet(clip: int) -> bytes:
     sheet = np.zeros((-(-FRAMES // 5) * SIZE, 5 * SIZE, 3), np.uint8)
     for frame in range(FRAMES):
         y, x = frame // 5 * SIZE, frame % 5 * SIZE
         sheet[y : y + SIZE, x : x + SIZE] = (0, clip, 16 * frame)  # OpenCV writes blue, green, red
-    return text(cv2.imencode(".webp", sheet, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes())
+    return cv2.imencode(".webp", sheet, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
 
 
 SHEETS = [numbered_sheet(60), numbered_sheet(200)]
@@ -87,6 +87,10 @@ class Visit:
         self.next(serving)
         return serving
 
+    def hide(self, hidden):
+        define = f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})"
+        self.page.evaluate(define + "; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))")
+
     def sent(self):
         """Wait until the server has acknowledged everything."""
         kept = "Object.keys(localStorage).filter((key) => key.startsWith('out:')).length"
@@ -94,9 +98,9 @@ class Visit:
 
 
 @pytest.fixture
-def world():
+def world(tmp_path):
     random.seed(0)
-    world = World("sqlite://", now=time.time())
+    world = World(tmp_path / "runs", now=time.time())
     with listening(world) as world.url:
         yield world
     world.close()
@@ -117,14 +121,10 @@ def visit(browser, world):
 
 
 def put(world, count, run=None):
-    if run is None:
-        run = new_id()
-        world.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-    queries = [new_id() for _ in range(count)]
-    for query in queries:
-        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-        world.call("PUT", f"/api/queries/{query}", body, "trainer")
-    return run, queries
+    run = run or world.run(clip=CLIP)
+    numbers = [run.ask(SHEETS) for _ in range(count)]
+    world.look()
+    return run, numbers
 
 
 def said(event):
@@ -190,12 +190,10 @@ def test_undo_shows_the_pair_again_and_the_new_answer_counts(world, visit):
     assert one.do(lambda: one.page.click("#right")) == second
     one.sent()
     journal = world.journal()
-    assert [event["kind"] for event in journal] == ["answer", "answer", "retract", "retract", "answer", "answer"]
-    assert [event["retracts"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
-    world.now += label_server.GRACE
-    assert {event["query"]: event["answer"] for event in world.events(run)} == {
-        event["query"]: event["answer"] for event in journal[4:]
-    }
+    assert [event["kind"] for event in journal] == ["answer", "answer", "undo", "undo", "answer", "answer"]
+    assert [event["undone"] for event in journal[2:4]] == [journal[1]["id"], journal[0]["id"]]
+    world.look(label_server.GRACE + 1)
+    assert run.answers() == {event["pair"]: label_server.MU[event["answer"]] for event in journal[4:]}
 
 
 def test_both_canvases_show_the_same_frame_and_the_last_one_stays(world, visit):
@@ -261,31 +259,26 @@ def test_pause_step_speed_and_help(world, visit):
     assert world.journal() == []
 
 
-def test_a_first_visit_asks_the_name_and_practises(world, visit):
-    put(world, 2)
+def test_a_first_visit_shows_an_example_and_asks_the_name(world, visit):
+    put(world, 9)
     one = visit(name=None)
     one.wait("name")
+    assert "Say which one is better" in one.page.inner_text("dialog")
+    example = "dialog .arrives"
+    before = one.page.locator(example).screenshot()
+    one.page.wait_for_timeout(500)
+    assert one.page.locator(example).screenshot() != before  # it moves
     one.page.keyboard.press("Escape")  # a name is needed
     one.page.fill("input", " <b>Ann</b> ")
     one.page.keyboard.press("Enter")
-    one.wait("practice")
+    one.wait()
     assert TOKENS["labeller"] not in one.page.url
     assert one.page.inner_text("#who") == "<b>Ann</b>"
-    for wrong, right in (("ArrowRight", "ArrowLeft"), ("ArrowLeft", "ArrowRight"), ("ArrowDown", "ArrowUp")):
-        question = one.page.inner_text("#question")
-        one.page.wait_for_timeout(300)
-        one.page.keyboard.press(wrong)
-        assert one.page.text_content("#said").startswith("look again: ")
-        assert one.page.inner_text("#question") == question
-        one.page.wait_for_timeout(300)
-        one.page.keyboard.press(right)
-        assert one.page.text_content("#said").startswith("yes: ")
-    one.wait()
     assert "Which hopper gets further to the right?" in one.page.inner_text("dialog")
     one.page.keyboard.press("Enter")
     one.do(lambda: one.page.keyboard.press("ArrowLeft"))
     one.sent()
-    assert [event["labeller"] for event in world.journal()] == ["<b>Ann</b>"]  # nothing of the practice is stored
+    assert [event["labeller"] for event in world.journal()] == ["<b>Ann</b>"]
     one.page.reload()
     one.wait()
     assert not one.page.is_visible("dialog")
@@ -324,7 +317,7 @@ def test_a_connection_that_hangs_is_given_up(world, visit):
     put(world, 5)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     one.page.evaluate("const inFact = AbortSignal.timeout; AbortSignal.timeout = () => inFact.call(AbortSignal, 1000)")
     hung = []
     for path in ("answers", "claim", "progress*"):
@@ -340,7 +333,7 @@ def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
     put(world, 6)
     one, away = visit(), True
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
 
     def fail_while_away(route):
         if away:
@@ -362,28 +355,13 @@ def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
     one.problems[:] = [line for line in one.problems if "404" not in line]
 
 
-def test_an_answer_waits_for_a_token_that_may_give_it(world, visit):
-    put(world, 4)
-    one = visit()
-    one.wait()
-    other = one.context.new_page()
-    other.goto(f"{world.url}/?token={TOKENS['trainer']}")
-    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
-    one.wait("stranger")
-    one.page.wait_for_timeout(500)
-    other.goto(world.url + LINK)
-    one.sent()
-    assert len(world.journal()) == 1
-    one.problems[:] = [line for line in one.problems if "403" not in line]
-
-
 def test_what_the_server_itself_refuses_is_not_sent_for_ever(world, visit):
     put(world, 2)
     one = visit()
     one.wait()
     bad = {"id": new_id(), "serving": new_id(), "labeller": "Ann", "answer": "left", "seconds": 1}
     bodies = [bad, bad | {"seconds": -1}, bad | {"serving": one.serving(), "labeller": "Bob"}]
-    one.page.evaluate("(bodies) => bodies.forEach((body) => send('/api/answers', body))", bodies)
+    one.page.evaluate("(bodies) => bodies.forEach((body) => send('api/answers', body))", bodies)
     one.do(lambda: one.page.keyboard.press("ArrowLeft"))
     one.sent()
     assert len(world.journal()) == 1
@@ -400,35 +378,38 @@ def test_two_people_are_never_given_the_same_pair(world, visit):
         one.wait("waiting")
         one.sent()
     journal = world.journal()
-    assert sorted(event["query"] for event in journal) == sorted(queries)
+    assert sorted(event["pair"] for event in journal) == sorted(queries)
     assert [sum(event["labeller"] == name for event in journal) for name in ("Ann", "Bob")] == [4, 4]
     assert all(event["counted"] for event in journal)
 
 
 def test_a_loaded_page_goes_on_with_the_pairs_it_had(world, visit):
-    put(world, 3)
+    put(world, 9)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     serving = one.serving()
     one.page.reload()
     one.wait()
     assert one.serving() == serving
     assert one.do(lambda: one.page.keyboard.press("ArrowUp")) == serving
-    for _ in range(2):
+    for _ in range(8):
         one.do(lambda: one.page.keyboard.press("ArrowUp"))
     one.sent()
-    assert len({event["query"] for event in world.journal()}) == 3
+    assert len({event["pair"] for event in world.journal()}) == 9
 
 
 def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit):
-    one = visit()
-    one.wait("waiting")  # Ann's claim is under way
+    one, under_way = visit(), []
+    one.wait("waiting")
+    one.page.route("**/api/claim", lambda route: under_way.append(route), times=1)
+    one.page.wait_for_timeout(1500)
+    put(world, 1)
     one.page.click("#who")
     one.page.fill("input", "Bob")
+    one.page.keyboard.press("Enter")
     with one.page.expect_response("**/api/claim"):
-        one.page.keyboard.press("Enter")
-        put(world, 1)
+        under_way[0].continue_()
     one.page.wait_for_timeout(500)
     assert one.page.get_attribute("body", "data-state") == "waiting"
     world.now += label_server.LEASE + 1
@@ -438,41 +419,35 @@ def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit)
 
 
 def test_a_loaded_page_leaves_the_pairs_of_another_name(world, visit):
-    put(world, 3)
+    put(world, 1)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
     one.page.evaluate("localStorage.setItem('labeller', 'Bob')")  # in another tab
     one.page.reload()
     one.wait("waiting")
     one.page.wait_for_timeout(500)
     assert one.page.get_attribute("body", "data-state") == "waiting"
-    world.now += label_server.LEASE + 1
-    for _ in range(3):
-        one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    world.now += label_server.RELOAD + 1  # Ann's page let go of it
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
     one.sent()
-    assert [event["labeller"] for event in world.journal()] == ["Bob"] * 3
+    assert [event["labeller"] for event in world.journal()] == ["Bob"]
 
 
 @pytest.mark.parametrize("how", ["key", "click", "tab"])
 def test_who_comes_back_answers_nothing_that_others_have_answered(world, visit, how):
-    put(world, 5)
+    put(world, 9)
     one = visit()
     one.wait()
-    one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+    one.page.wait_for_function("() => held.length === 3")
     stale = one.serving()
 
-    def hide(hidden):
-        define = f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})"
-        one.page.evaluate(define + "; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))")
-
     if how == "tab":
-        hide("true")
+        one.hide("true")
     one.page.evaluate("touchedAt -= IDLE")
     world.now += label_server.LEASE + 1
     world.answer(world.claim("Bob"), "equal", "Bob")  # the newest, which Ann has before her
     if how == "tab":
-        hide("false")
+        one.hide("false")
     one.page.click("#left") if how == "click" else one.page.keyboard.press("ArrowLeft")
     one.next(stale)
     one.do(lambda: one.page.keyboard.press("ArrowRight"))
@@ -525,7 +500,7 @@ def test_a_small_window_cuts_nothing_off(world, visit, width, height):
     put(world, 1)
     one = visit(viewport={"width": width, "height": height})
     one.wait()
-    shown = one.page.locator("canvas, button:not(#skip, dialog *)")
+    shown = one.page.locator("canvas, button:not(dialog *)")
     assert shown.count() == 13
     for box in [part.bounding_box() for part in shown.all()]:
         assert 0 <= box["x"] <= box["x"] + box["width"] <= width
@@ -588,23 +563,20 @@ def test_a_stranger_answers_no_pair_that_is_out_of_sight(world, visit):
     for key in ("ArrowLeft", "u", "ArrowLeft"):
         one.page.wait_for_timeout(300)
         one.page.keyboard.press(key)
-    assert one.page.evaluate("outbox()") == []
+    assert one.page.evaluate("out.size") == 0
     assert one.page.get_attribute("body", "data-state") == "stranger"
     one.problems[:] = [line for line in one.problems if "401" not in line]
 
 
 def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, tmp_path):
-    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
-    one = None
+    server = Server(tmp_path, "--repeat-frac", "0", "--overlap-frac", "0")
+    run, one = Trainer(server.runs / "one", clip=CLIP), None
     try:
-        run = new_id()
-        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-        for _ in range(6):
-            body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-            server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
+        for _ in range(9):
+            run.ask(SHEETS)
         one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
         servings = [one.do(lambda: one.page.keyboard.press("ArrowLeft"))]
-        one.page.wait_for_function("() => JSON.parse(sessionStorage.held).length === 3")
+        one.page.wait_for_function("() => held.length === 3")
         server.kill()
         servings += [one.do(lambda: one.page.keyboard.press("ArrowUp")) for _ in range(2)]
         one.page.keyboard.press("u")  # one of those was a slip
@@ -616,7 +588,7 @@ def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, t
         one.sent()
         journal = [json.loads(line) for line in server.call("GET", "/export.jsonl", role="admin").splitlines()]
         assert [event["serving"] for event in journal[:5]] == servings
-        assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "retract", "answer", "answer"]
+        assert [event["kind"] for event in journal] == ["answer", "answer", "answer", "undo", "answer", "answer"]
         assert [said(journal[i]) for i in (0, 1, 2, 4, 5)] == ["left", "equal", "equal", "right", "left"]
     finally:
         if one:
@@ -625,25 +597,19 @@ def test_a_server_that_is_killed_in_the_middle_gets_every_answer_once(browser, t
 
 
 def test_new_instructions_are_shown_to_who_has_read_the_old_ones(browser, tmp_path):
-    server = Server(tmp_path, None, "--repeat-frac", "0", "--overlap-frac", "0")
-    one, run = None, new_id()
-
-    def put_one():
-        body = {"run": run, "clips": SHEETS, "sums": [None, None]}
-        server.call("PUT", f"/api/queries/{new_id()}", body, "trainer")
-
+    server = Server(tmp_path, "--repeat-frac", "0", "--overlap-frac", "0")
+    run, one = Trainer(server.runs / "one", clip=CLIP), None
     try:
-        server.call("PUT", f"/api/runs/{run}", RUN, "trainer")
-        put_one()
+        run.ask(SHEETS)
         one = Visit(browser, f"{server.url}/?token={server.tokens['labeller']}")
         one.do(lambda: one.page.keyboard.press("ArrowLeft"))
         one.wait("waiting")
         assert not one.page.is_visible("dialog")
         server.kill()
         (tmp_path / "told.txt").write_text("Which backflip is rounder?\nLook at the knees.\n")
-        server.command += ["--instructions", "told.txt"]
+        server.command += ["--instructions", str(tmp_path / "told.txt")]
         server.start()
-        put_one()
+        run.ask(SHEETS)
         one.page.wait_for_selector("dialog[open]")
         assert "Which backflip is rounder?\n\nLook at the knees." in one.page.inner_text("dialog")
         one.page.keyboard.press("Enter")
@@ -656,3 +622,292 @@ def test_new_instructions_are_shown_to_who_has_read_the_old_ones(browser, tmp_pa
         if one:
             one.context.close()
         server.kill()
+
+
+# Odd surroundings -----------------------------------------------------------------------------------------------------
+def test_a_full_storage_costs_no_answer(world, visit):
+    put(world, 3)
+    one = visit()
+    one.wait()
+    fill = "try { for (;;) localStorage[n + Math.random()] = 'x'.repeat(n) } catch {}"
+    one.page.evaluate(f"for (let n = 2 ** 22; n; n >>= 1) {fill}")
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.page.wait_for_function("() => out.size === 0")
+    assert len(world.journal()) == 1
+    one.page.route("**/api/answers", lambda route: route.abort())
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.page.wait_for_function("() => document.querySelector('#said').textContent.includes('leave this page open')")
+    one.page.unroute("**/api/answers")
+    one.page.wait_for_function("() => out.size === 0", timeout=30_000)
+    assert len(world.journal()) == 2
+    one.problems[:] = [line for line in one.problems if "ERR_FAILED" not in line]
+
+
+def test_blocked_site_data_is_told(world, visit):
+    one = visit(name=None, path="/nowhere")
+    one.page.wait_for_timeout(300)
+    one.problems.clear()
+    block = (
+        "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied', 'SecurityError') }})"
+    )
+    one.context.add_init_script(block)
+    one.page.goto(world.url + LINK)
+    one.wait("blocked")
+    assert "allow cookies and site data" in one.page.inner_text("#notice")
+
+
+def test_a_browser_without_scripts_is_told(world, visit):
+    one = visit(name=None, java_script_enabled=False)
+    assert "needs JavaScript" in one.page.inner_text("#notice")
+
+
+def test_a_duplicated_tab_has_pairs_of_its_own(world, visit):
+    put(world, 9)
+    one = visit()
+    one.wait()
+    copied = one.page.evaluate("JSON.stringify({...sessionStorage})")
+    one.context.add_init_script(f"for (const [k, v] of Object.entries({copied})) sessionStorage.setItem(k, v)")
+    other = one.context.new_page()
+    other.goto(world.url + LINK)
+    other.wait_for_selector("body[data-state=label]")
+    assert other.evaluate("document.body.dataset.serving") != one.serving()
+
+
+def test_a_refused_answer_is_told(world, visit):
+    put(world, 1)
+    one = visit()
+    one.wait()
+    with world.store.lock:
+        world.store.servings.clear()  # as with an empty database
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.page.wait_for_function("() => document.querySelector('#said').textContent.startsWith('not taken: ')")
+    one.page.wait_for_timeout(300)
+    one.problems[:] = [line for line in one.problems if "404" not in line]
+
+
+def test_keys_go_by_position_where_the_layout_has_no_latin_letters(world, visit):
+    put(world, 3)
+    one = visit()
+    press = "(keys) => dispatchEvent(new KeyboardEvent('keydown', {key: keys[0], code: keys[1], bubbles: true}))"
+    one.do(lambda: one.page.evaluate(press, ["ф", "KeyA"]))
+    before = one.serving()
+    one.page.evaluate(press, ["г", "KeyU"])
+    one.next(before)
+    one.do(lambda: one.page.evaluate(press, ["γ", "KeyD"]))
+    one.page.evaluate(press, ["ы", "KeyS"])
+    assert one.page.inner_text("#speed").split()[-1] == "2×"
+    one.wait()
+    one.page.wait_for_timeout(300)
+    one.page.evaluate(press, ["u", "KeyA"])  # a Latin layout of another order: by letter
+    one.sent()
+    assert [said(event) for event in world.journal() if event["kind"] == "answer"] == ["left", "right"]
+
+
+def test_behind_the_path_of_a_proxy(world, visit):
+    put(world, 3)
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        """https://host/labels/ -> the server's root, as nginx's proxy_pass with a slash at its end."""
+
+        def forward(self):
+            if not self.path.startswith("/labels/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            names = ("content-type", "cookie", "sec-fetch-site", "host")
+            headers = {name: self.headers[name] for name in names if self.headers[name]}
+            url = world.url + self.path.removeprefix("/labels")
+            request = urllib.request.Request(url, body or None, headers, method=self.command)
+            with urllib.request.urlopen(request) as reply:
+                self.send_response(reply.status)
+                for name, value in reply.headers.items():
+                    if name.lower() not in ("date", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(reply.read())
+
+        do_GET = do_POST = forward
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        one = visit(path="/nowhere")
+        one.page.wait_for_timeout(300)
+        one.problems.clear()
+        address = f"http://localhost:{proxy.server_address[1]}/labels"
+        one.page.goto(address + LINK)
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+        one.sent()
+        one.page.goto(f"{address}/stats?token={TOKENS['admin']}")
+        one.page.wait_for_selector("table")
+        proxy.shutdown()
+    assert len(world.journal()) == 1
+
+
+def test_undo_survives_a_reload(world, visit):
+    put(world, 9)
+    one = visit()
+    first = one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    one.page.reload()
+    one.wait()
+    one.page.wait_for_function("() => undoable.length === 1")
+    before = one.serving()
+    one.page.keyboard.press("u")
+    one.next(before)
+    assert one.serving() == first
+    assert {clip for _, clip, _ in one.page.evaluate(SEEN)} == {60, 200}
+    one.do(lambda: one.page.keyboard.press("ArrowUp"))
+    one.sent()
+    assert [event["kind"] for event in world.journal()] == ["answer", "undo", "answer"]
+
+
+def test_undo_is_refused_once_the_agent_has_learned(world, visit):
+    put(world, 9)
+    one = visit()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    world.look(label_server.GRACE + 1)  # the page's own clock says that there is time
+    before = one.serving()
+    one.page.keyboard.press("u")
+    one.page.wait_for_function("() => document.querySelector('#said').textContent.includes('learned from this')")
+    one.wait()
+    assert one.serving() == before
+    one.page.evaluate("undoable.push({id: newId(), pair: shown, at: now() - UNDO_TIME - 1})")
+    one.page.keyboard.press("u")
+    assert "learned from that" in one.page.text_content("#said")
+    assert one.serving() == before
+    one.problems[:] = [line for line in one.problems if "409" not in line]
+
+
+def test_a_closed_tab_lets_go_of_its_pair(world, visit):
+    put(world, 1)
+    one, other = visit(), visit("Bob")
+    one.wait()
+    other.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('with others')")
+    one.page.close(run_before_unload=True)
+    other.page.wait_for_timeout(1000)
+    world.now += label_server.RELOAD + 1
+    other.wait()
+
+
+def test_a_tab_in_the_background_leaves_the_pairs_to_others(world, visit):
+    put(world, 1)
+    one = visit()
+    one.wait()
+    pair = one.serving()
+    one.hide("true")
+    one.page.wait_for_timeout(500)
+    one.hide("false")  # at once again: nobody else got it
+    one.page.wait_for_timeout(500)
+    assert one.serving() == pair
+    one.hide("true")
+    one.page.wait_for_timeout(500)
+    world.now += label_server.RELOAD + 1
+    assert world.claim("Bob")
+    one.page.evaluate("askProgress()")
+    one.page.wait_for_function("() => document.title === '● Clips are here'")
+    one.hide("false")
+    one.wait("waiting")
+
+
+def test_a_slow_line_is_told_and_keeps_no_claim_waiting(world, visit):
+    put(world, 9)
+    one, pictures = visit(path="/nowhere"), []
+    one.page.wait_for_timeout(300)
+    one.problems.clear()
+    one.page.route("**/api/clips/**", lambda route: pictures.append(route))
+    one.page.goto(world.url + LINK)
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('on their way')")
+    one.page.wait_for_function("() => arriving.length === 3")
+    for route in pictures:
+        route.continue_()
+    one.wait()
+
+
+def test_the_link_of_a_run_shows_that_run_after_a_reload_too(world, visit):
+    run, _ = put(world, 9)
+    put(world, 9)
+    one = visit(path=f"{LINK}&run={run.folder.name}")
+    one.wait()
+    one.page.reload()
+    one.wait()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert TOKENS["labeller"] not in one.page.url
+    assert {event["run"] for event in world.journal()} == {run.folder.name}
+
+
+def test_a_stopped_run_leaves_the_screen_and_comes_back(world, visit):
+    run, _ = put(world, 2)
+    one = visit()
+    one.wait()
+    run.stop()
+    world.look()
+    one.page.evaluate("beat()")
+    one.wait("waiting")
+    assert "not running" in one.page.inner_text("#notice")
+    run.start()
+    world.look()
+    one.wait()
+
+
+def test_the_end_shows_what_became_of_the_agent(world, visit):
+    run, _ = put(world, 2)
+    one = visit()
+    for _ in range(2):
+        one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    world.look(label_server.GRACE + 1)
+    run.status(phase="finished")
+    world.look()
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('2 of them yours')")
+    one.page.evaluate("askProgress()")
+    one.page.wait_for_selector("#notice figure canvas")
+    assert one.page.locator("#notice figure").all_inner_texts() == ["at the start", "at the end"]
+
+
+def test_no_mark_stays_on_the_side_that_was_chosen(world, visit):
+    put(world, 3)
+    one = visit()
+    border = "getComputedStyle(document.querySelector('#left')).borderColor"
+    one.wait()
+    plain = one.page.evaluate(border)
+    one.page.hover("#left")
+    assert one.page.evaluate(border) != plain
+    one.do(lambda: one.page.mouse.click(250, 350))
+    assert one.page.evaluate(border) == plain
+    one.page.keyboard.press("Tab")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert one.page.evaluate(outline) != "none"
+
+
+def test_a_long_name_is_cut_and_the_dialog_opens_at_its_top(world, visit):
+    put(world, 3)
+    one = visit("W" * 40, viewport={"width": 640, "height": 360})
+    one.wait()
+    assert one.page.locator("#who").bounding_box()["width"] < 200
+    one.page.keyboard.press("?")
+    assert one.page.evaluate("dialog.scrollHeight > dialog.clientHeight && dialog.scrollTop === 0")
+
+
+def test_the_study_page_bars_pauses_and_shows_doubtful_answers(world, visit):
+    run = world.run(clip=CLIP)
+    run.ask(SHEETS, sums=(1.0, 2.0))
+    world.look()
+    pair = world.claim("<i>Bob</i>")
+    world.answer(pair, "left" if pair["sums"][0] == 1.0 else "right", "<i>Bob</i>")
+    one = visit(path=f"/stats?token={TOKENS['admin']}")
+    one.page.on("dialog", lambda dialog: dialog.accept())
+    one.page.click("summary")
+    one.page.wait_for_selector("details canvas")
+    assert "true sum 2.00" in one.page.inner_text("details")
+    one.page.click("button:text-is('bar')")
+    one.page.wait_for_selector("text=let in again")
+    assert world.store.barred == {"<i>Bob</i>"}
+    one.page.click("button:text-is('pause')")
+    one.page.wait_for_selector("button:text-is('go on')")
+    assert world.claim("Ann") is None
+    assert "paused" in world.claimed["notice"]

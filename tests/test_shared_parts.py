@@ -1,6 +1,10 @@
 """What is the same text in several scripts, as tests/test_siblings.py sees to, against numbers worked out by hand."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,39 +14,84 @@ import a2c_atari_rlhf as a2c
 import ppo_atari_rlhf as atari
 import ppo_mujoco_rlhf as mujoco
 
+SCRIPTS = [atari, mujoco, a2c]
+
+
+class Stub(torch.nn.Module):
+    """In place of an agent; what it says about a minibatch goes to a stub of policy_loss."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.layer, self.outputs = torch.nn.Linear(1, 1), outputs
+
+    def get_action_and_value(self, obs, actions):
+        return (self.layer(obs).sum(),) * self.outputs
+
 
 @pytest.mark.parametrize("script", [atari, mujoco])
 @pytest.mark.parametrize(("target", "epochs"), [("0.02", 2), ("0.04", 3), ("1", 4), ("None", 4)])
-def test_no_further_epoch_after_one_that_went_too_far(script, target, epochs):
+def test_no_further_epoch_after_one_that_went_too_far(monkeypatch, script, target, epochs):
     """The mean over the minibatches of one epoch counts: not its last one, not those of earlier epochs."""
     flags = ["--num-envs", "2", "--num-steps", "2", "--num-minibatches", "2", "--update-epochs", "4"]
-    args = script.parse_args(["--oracle", *flags, "--target-kl", target])
+    args = script.parse_args(["--true-reward", *flags, "--target-kl", target])
     kls = iter([0.03, 0.0, 0.0, 0.05, 0.09, 0.01, 0.0, 0.9])  # means 0.015, 0.025, 0.05, 0.45
-    layer, rows = torch.nn.Linear(1, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-
-    def loss_function(agent, args, x, returns, values):
-        return agent(x).sum(), {"approx_kl": torch.tensor(next(kls))}
-
-    rollout = (rows, rows[:, 0], rows[:, 0])
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    logged = script.update_policy(layer, optimizer, loss_function, rollout, np.random.default_rng(0), args)
+    monkeypatch.setattr(script, "policy_loss", lambda loss, *_: (loss, {"approx_kl": torch.tensor(next(kls))}))
+    rows = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    agent = Stub(5 if script is mujoco else 4)
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+    logged = script.update_policy(agent, optimizer, [rows] + [rows[:, 0]] * 5, np.random.default_rng(0), args)
     assert logged["epochs"] == epochs and len(list(kls)) == 8 - 2 * epochs
 
 
-@pytest.mark.parametrize("script", [atari, mujoco, a2c])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_correlation_is_of_rewards_that_were_paid(script):
-    """Rows from before the predictor paid hold zeros: with a tenth of them a correlation of 0.8 would read 0.25."""
-    args, rng = script.parse_args(["--oracle", "--segment-length", "5", "--num-envs", "2"]), np.random.default_rng(0)
-    sizes = (3, 2) if script is mujoco else ()  # of observations and actions
-    pool, progress = script.SegmentPool(10, 2, *sizes, "cpu"), script.Progress(iteration=1)
-    truth, zeros = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32), torch.zeros(2000, 2)
-    noise = torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32)
-    pool.streams, pool.rows = {"oracle_rewards": torch.cat([zeros, truth]), "pred_rewards": zeros.repeat(2, 1)}, 4000
-    pool.streams["oracle_rewards"][:2000] = noise
-    pool.streams["pred_rewards"][2000:] = truth + 0.75 * noise  # correlation 1 / 1.25
-    pool.count = 4000
-    assert script.reward_correlation(pool, progress, args) < 0.7  # what all rows would say
-    progress.paid_from = 2000 * 2
-    assert script.reward_correlation(pool, progress, args) == pytest.approx(0.8, abs=0.05)
-    progress.paid_from = 3996 * 2  # no segment lies behind that
-    assert math.isnan(script.reward_correlation(pool, progress, args))
+    """The untrained policy's rows were paid nothing, NaN: they count neither as zeros nor as NaN."""
+    args = script.parse_args(["--oracle", "--segment-length", "5", "--num-envs", "2", "--query-pool-steps", "1000000"])
+    rng = np.random.default_rng(0)
+    pool = script.SegmentPool(10, 2, *((3, 2) if script is mujoco else ()), "cpu")
+    truth, noise = (torch.tensor(rng.normal(size=(2000, 2)), dtype=torch.float32) for _ in range(2))
+    paid, unpaid = truth + 0.75 * noise, torch.full((2000, 2), math.nan)  # correlation 1 / 1.25
+    pool.streams = {"oracle_rewards": torch.cat([noise, truth]), "pred_rewards": torch.cat([unpaid, paid])}
+    pool.rows = pool.count = 4000
+    assert script.reward_correlation(pool, args) == pytest.approx(0.8, abs=0.06)
+    pool.streams["pred_rewards"][:] = math.nan
+    assert math.isnan(script.reward_correlation(pool, args))
+    pool.streams["pred_rewards"][:] = 1.0  # constant
+    assert math.isnan(script.reward_correlation(pool, args))
+    pool.count = 4
+    assert math.isnan(script.reward_correlation(pool, args))  # no whole segment yet
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_docstring_of_compute_gae_is_true(script):
+    """An end cuts the trace and nothing else: the value of what a row led to counts unless the caller leaves it 0."""
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    for next_value, done, error in ((3.0, 1, 1 + 0.5 * 3 - 2), (0.0, 1, 1 - 2), (3.0, 0, 1 + 0.5 * 3 - 2)):
+        rewards, values = torch.cat([one, 7 * one]), torch.cat([2 * one, zero])
+        next_values, dones = torch.cat([next_value * one, zero]), torch.cat([done * one, zero])
+        advantages, returns = script.compute_gae(rewards, values, next_values, dones, 0.5, 0.5)
+        assert advantages.flatten().tolist() == [error + (1 - done) * 0.25 * 7, 7]
+        assert torch.equal(returns, advantages + values)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_help_survives_any_terminals_encoding(script, encoding):
+    """In a process of its own; every field is listed, and no word of the file needs more than Latin-1 to be shown."""
+    environment = {"PYTHONIOENCODING": encoding, "COLUMNS": "200", "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, script.__file__, "--help"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    shown = done.stdout.decode(encoding)
+    assert done.returncode == 0 and not done.stderr
+    assert all(f"--{name.replace('_', '-')}" in shown for name in script.Args.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_in_the_docstring_parse(script, monkeypatch):
+    """What a reader pastes first; and the numbers of steps that are told there are the defaults'."""
+    text = Path(script.__file__).read_text().split('"""')[1]
+    commands = re.findall(r"^    python (\w+)\.py (.*?)  +#", text, flags=re.MULTILINE)
+    assert len(commands) == 4 and {name for name, _ in commands} == {script.SCRIPT}
+    for _, flags in commands:
+        script.parse_args(flags.split())
+    assert f"{script.Args().total_timesteps // 1_000_000}M steps" in text

@@ -21,14 +21,14 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "ppo_atari_rlhf.py"
-OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1", "--checkpoint-every", "100000"]
+OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1"]
 A2C = [sys.executable, str(HERE.parent / "a2c_atari_rlhf.py"), *OURS[2:]]
-# 19 updates with policy and reward learning after one with initial labels; a label per 860 steps, against 1,820 at 10M
-ORACLE = ["--oracle", "--labels", "60", "--total-timesteps", "40960", "--pretrain-pairs", "1024"]
+# Twenty iterations of policy and reward learning behind the initial labels; a label per 680 steps, against 1,820 at 10M
+ORACLE = ["--oracle", "--labels", "60", "--pretrain-pairs", "1024"]
 SIMULATOR = """
 import numpy as np, sys, time; sys.path.insert(0, sys.argv[1]); import ppo_atari_rlhf as script
-args = script.parse_args(["--true-reward"]); script.resolve_hardware(args); args.env_threads = int(sys.argv[2])
-envs = script.make_envs(args, args.num_envs); envs.reset(seed=1); rng = np.random.default_rng(0)
+args = script.parse_args(["--true-reward", "--threads", sys.argv[2]])
+envs = script.make_games(args, args.num_envs); envs.reset(seed=1); rng = np.random.default_rng(0)
 for _ in range(100): envs.step(rng.integers(0, 6, args.num_envs))
 started = time.time()
 for _ in range(1500): envs.step(rng.integers(0, 6, args.num_envs))
@@ -36,17 +36,17 @@ print("sps", 1500 * args.num_envs / (time.time() - started))
 """
 
 
-def candidates(threads: int, device: str) -> dict:
-    hardware = ["--torch-threads", str(threads), "--env-threads", str(threads), "--device", device]
+def candidates(threads: int, device: str, steps: int) -> dict:
+    given = ["--threads", str(threads), "--device", device, "--total-timesteps", str(steps)]
     return {
         "CleanRL's ppo_atari.py, true reward": [
-            sys.executable, str(HERE / "cleanrl_style_ppo_atari.py"), "8", str(threads),
+            sys.executable, str(HERE / "cleanrl_style_ppo_atari.py"), str(max(2, steps // 5120)), str(threads),
         ],
-        "ppo_atari_rlhf.py --oracle, a pair per 32 steps": [*OURS, *ORACLE, *hardware],
-        "ppo_atari_rlhf.py --oracle, a pair per 10 steps": [*OURS, *ORACLE, *hardware, "--pairs-per-step", "0.1"],
-        "ppo_atari_rlhf.py --true-reward": [*OURS, "--true-reward", "--total-timesteps", "32768", *hardware],
-        "a2c_atari_rlhf.py --oracle, a pair per 10 steps": [*A2C, *ORACLE, *hardware],
-        "a2c_atari_rlhf.py --oracle, a pair per 50 steps": [*A2C, *ORACLE, *hardware, "--pairs-per-step", "0.02"],
+        "ppo_atari_rlhf.py --oracle, a pair per 32 steps": [*OURS, *ORACLE, *given],
+        "ppo_atari_rlhf.py --oracle, a pair per 10 steps": [*OURS, *ORACLE, *given, "--pairs-per-step", "0.1"],
+        "ppo_atari_rlhf.py --true-reward": [*OURS, "--true-reward", *given],
+        "a2c_atari_rlhf.py --oracle, a pair per 10 steps": [*A2C, *ORACLE, *given],
+        "a2c_atari_rlhf.py --oracle, a pair per 50 steps": [*A2C, *ORACLE, *given, "--pairs-per-step", "0.02"],
         "simulator alone, 16 environments": [sys.executable, "-c", SIMULATOR, str(SCRIPT.parent), str(threads)],
     }  # fmt: skip
 
@@ -65,12 +65,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--steps", type=int, default=40_960, help="of each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "atari_speed.csv"))
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=HERE)
     machine = f"{platform.machine()} {args.threads} threads {args.device}"
-    rows, tried = [], candidates(args.threads, args.device)
+    rows, tried = [], candidates(args.threads, args.device, args.steps)
     for number in range(args.rounds):
         speeds = {}
         for name, command in tried.items():

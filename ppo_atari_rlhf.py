@@ -102,6 +102,7 @@ def within(kind: type, least: float, most: float):
 
 Count = Annotated[int, within(int, 1, 2**32 - 1)]
 Number = Annotated[int, within(int, 0, 2**32 - 1)]
+Seed = Annotated[int, within(int, 0, 2**30)]  # ALE's seeds end at 2^31, and each environment has one more
 Share = Annotated[float, within(float, 0, 1)]
 Weight = Annotated[float, within(float, 0, 1e9)]
 Positive = Annotated[float, within(float, 1e-12, 1e9)]
@@ -116,9 +117,7 @@ class Args:
     oracle: bool = False  # reward learned from a synthetic oracle's answers; give this, --human or --true-reward
     human: bool = False  # reward learned from people's answers, through label_server.py
     true_reward: bool = False  # no reward learning: the baseline, paid by the clipped score
-    seed: Annotated[int, within(int, 0, 2**30)] = (
-        1  # two runs with the same arguments end in the same parameters (on a CPU)
-    )
+    seed: Seed = 1  # two runs with the same arguments end in the same parameters (on a CPU)
     total_timesteps: Count = 10_000_000  # agent steps (4 frames each) over all environments, in whole rollouts
     device: str = "auto"  # "cpu", "cuda", "cuda:1", ...; auto takes a GPU where there is one
     threads: Count = CORES  # of PyTorch on the CPU, and of the emulator
@@ -228,17 +227,19 @@ def refuse(args: Args) -> None:
     }
     for message in [message for message, wrong in refused.items() if wrong]:
         fail(message)
-    for source in sources * (not args.resume):  # what a run needs of others lies in its own directory
+    if args.resume:
+        return  # what a run needs of others lies in its own directory
+    for source in sources:
         other = read_run(source)["args"]
         if other["env_id"] != args.env_id:
             fail(f"{source} is a run of {other['env_id']}, not of {args.env_id}")
-    if args.preferences and not args.resume:
+    if args.preferences:
         answers, _ = read_answers(Path(args.preferences) / "preferences" / "answers.jsonl")
         if not any(answer["mu"] is not None for answer in answers):
             fail(f"{args.preferences} has no answers: no label yet, or written by the first version of these scripts")
         if args.clip_length != (1 if other["ablation"] == "no-segments" else other["segment_length"]):
             fail(f"{args.preferences} has clips of another length")
-    if args.reward_model and not args.resume and other["true_reward"]:
+    if args.reward_model and other["true_reward"]:
         fail(f"{args.reward_model} has learned no reward model")
 
 
@@ -654,7 +655,8 @@ class Preferences:
         self.folder, self.journal, self.window = folder, folder / "answers.jsonl", window or sys.maxsize
         self.device, self.members, self.position = args.device, args.members, 0  # bytes of the journal that were read
         if args.oracle and self.journal.exists() and not self.journal.read_bytes().endswith(b"\n"):
-            self.journal.write_bytes(self.journal.read_bytes() + b"\n")  # it was killed in the middle of a line
+            with open(self.journal, "a") as file:
+                file.write("\n")  # it was killed in the middle of a line
         self.answered: set[int] = set()
         self.waiting: list[dict] = []  # answers to pairs that the oracle is about to ask again
         self.labels: list[dict] = []  # arrays of the newest `window`
@@ -717,8 +719,8 @@ class Preferences:
             label["mu"] = torch.tensor(line["mu"], dtype=torch.float32, device=self.device)
             label["weights"] = bootstrap_weights(line["pair"], self.members).to(self.device)
             self.labels.append(label)
-        self.labels = self.labels[-self.window :]
-        if self.labels:
+        if labels:
+            self.labels = self.labels[-self.window :]
             sums = torch.stack([label["sums"] for label in self.labels])
             self.mean_sum, self.std_sum = sums.mean(), sums.std().clamp(min=1e-6)
 
@@ -989,11 +991,13 @@ def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int,
 def wait_for_people(phase: str, wanted: int, preferences: Preferences, progress, args: Args) -> float:
     """Stand still until so many labels have come or no pair is open: a simulator is a hundred times faster. Out: the
     seconds that it took."""
+    if not args.human:
+        return 0.0  # the oracle has answered
     began = time.monotonic()
     preferences.read()
-    if args.human and preferences.used < wanted and preferences.open:
+    if preferences.used < wanted and preferences.open:
         print(f"waiting for people: {preferences.used} of {wanted} labels, {preferences.open} open pairs", flush=True)
-    while args.human and preferences.used < wanted and preferences.open:
+    while preferences.used < wanted and preferences.open:
         tell(phase, preferences, progress, args, wanted=wanted)
         time.sleep(1)
         preferences.read()
@@ -1257,7 +1261,6 @@ def train(args: Args) -> dict:
     if args.env_id not in HUD:
         print(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
     started = time.monotonic() - progress.wall_seconds
-
     tell("initial" if is_new else "training", preferences, progress, args)
 
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
@@ -1317,9 +1320,9 @@ def train(args: Args) -> dict:
             next_value = agent.get_value(torch.as_tensor(obs, device=args.device))
         next_values = (1 - dones) * torch.cat([values[1:], next_value.unsqueeze(0)])
         advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-        batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns, values)
         if not advantages.isfinite().all():  # before a pair of such clips is stored
             stop_at_infinity(run_dir, progress)
+        batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns, values)
         policy_log = update_policy(agent, optimizer, [x.flatten(0, 1) for x in batch], rng, args)
 
         # 5. Ask when enough labels are due, and what nobody could answer anew; people get the last tenth to answer

@@ -19,7 +19,7 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 SHARED = """
     SCRIPT CORES QUERY_BATCH QUERY_CANDIDATES OPEN_PAIRS REWARD_MINIBATCHES STATISTICS_ROWS STD_FLOOR SAVE_SECONDS
     SHOWN FIXED
-    fail within Count Number Share Weight Positive Ablation
+    fail within Count Number Seed Share Weight Positive Ablation
     sprite_sheet
     layer_init
     sample_segments write_whole write_json read_answers Preferences

@@ -194,9 +194,8 @@ def evaluate(args: Args) -> dict:
         old.unlink()
     if args.random:
         envs = recorder.envs
-        space = envs.games.single_action_space if hasattr(envs, "games") else envs.tasks[0].action_space
-        space.seed(used.seed)
-        agent.get_action_and_value = lambda x: [torch.as_tensor(np.stack([space.sample() for _ in x]))]
+        rng = np.random.default_rng(used.seed)
+        agent.get_action_and_value = lambda _: [torch.as_tensor(envs.random_actions(rng))]
     try:
         recorder.camera = script.Camera(used, 1, VIDEO_STEPS)
         recorder.camera.env_id = None  # whose score it would hide

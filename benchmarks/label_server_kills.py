@@ -76,7 +76,7 @@ class Server:
         raise TimeoutError(f"no answer from {self.url}")
 
 
-def train(run: Path, pictures: list[bytes] = [PIXEL], clip: dict = CLIP, ahead: int = 50) -> None:  # noqa: B006
+def train(run: Path, pictures: tuple[bytes, ...] = (PIXEL,), clip: dict = CLIP, ahead: int = 50) -> None:
     """A trainer that keeps so many pairs open, and reads the answers, until it is killed; then it may start again."""
     folder = run / "preferences"
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ It learns in seconds, by so wide a margin that no machine's rounding turns it ar
 and its time limit are Gymnasium's; `slider:Slider-v0` is its name for the scripts.
 """
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
@@ -26,7 +28,7 @@ MODEL = """
 
 
 class Slider(MujocoEnv):
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 20}  # noqa: RUF012
+    metadata: ClassVar[dict] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 20}
 
     def __init__(self, folder=None, **kwargs):
         import tempfile

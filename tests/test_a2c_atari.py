@@ -13,7 +13,8 @@ import torch
 
 import a2c_atari_rlhf as script
 import ppo_atari_rlhf as ppo
-from test_atari_runs import Killed, Toy, digest, kill, only, play_toy
+from runs import Killed, kill, only
+from test_atari_runs import Toy, digest, play_toy
 from test_atari_runs import resume as resume_any
 from test_atari_runs import run as run_any
 

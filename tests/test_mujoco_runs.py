@@ -25,6 +25,7 @@ import torch
 
 import ppo_mujoco_rlhf as script
 import slider  # noqa: F401, registers Slider-v0
+from runs import REFUSED, Killed, answer_open, answers, kill, only, refused_here
 
 ROOT = Path(script.__file__).parent
 
@@ -54,11 +55,6 @@ def resume(run_dir, *flags):
     return script.train(script.parse_args(["--resume", str(run_dir), *flags]))
 
 
-def only(folder) -> Path:
-    (run_dir,) = folder.iterdir()
-    return run_dir
-
-
 def state_of(run_dir) -> dict:
     """Everything in a checkpoint but the time that it took, and tensors as their bytes."""
 
@@ -77,23 +73,8 @@ def parameters(run_dir) -> dict:
     return {name: state_of(run_dir)[name] for name in ("agent", "ensemble", "optimizer")}
 
 
-def answers(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "preferences" / "answers.jsonl").read_text().splitlines()]
-
-
 def pairs(run_dir) -> list[dict]:
     return [dict(np.load(path)) for path in sorted((run_dir / "preferences").glob("*.npz"))]
-
-
-class Killed(Exception):
-    pass
-
-
-def kill(run, *given):
-    """Let a run end in the middle of a line, as a kill does, and its lock with it."""
-    with pytest.raises(Killed):
-        run(*given)
-    gc.collect()
 
 
 class Witness:
@@ -590,19 +571,6 @@ def test_one_observation_that_is_no_number_ends_the_run_and_spares_the_checkpoin
 
 
 # ------------------------------------------------------------------------------------------------------------- people
-def people(run_dir: Path, say) -> int:
-    """Answer what is open; `say` gets the two true sums. Returns the number of answers."""
-    folder = run_dir / "preferences"
-    journal = folder / "answers.jsonl"
-    done = {answer["pair"] for answer in answers(run_dir)} if journal.exists() else set()
-    new = [int(path.stem) for path in sorted(folder.glob("*.npz")) if int(path.stem) not in done]
-    with open(journal, "a") as file:
-        for number in new:
-            with np.load(folder / f"{number:08d}.npz") as pair:
-                file.write(json.dumps({"pair": number, "mu": say(number, *pair["sums"]), "who": "Ann"}) + "\n")
-    return len(new)
-
-
 PEOPLE = ["--human", "--labels", "24", "--total-timesteps", "2560", *REACHER]
 
 
@@ -621,7 +589,7 @@ def test_people_are_waited_for_and_see_the_clips_that_they_are_asked_about(tmp_p
         status = json.loads((only(tmp_path) / "status.json").read_text())
         assert status["wanted"] > status["labels_used"] and status["labels"] == 24
         waits.append((status["phase"], status["global_step"]))
-        people(only(tmp_path), lambda n, a, b: None if n % 5 == 3 else float(np.sign(a - b) + 1) / 2)
+        answer_open(only(tmp_path), lambda n, a, b: None if n % 5 == 3 else float(np.sign(a - b) + 1) / 2)
 
     quick.setattr(script.Camera, "frames", frames)
     quick.setattr(script.time, "sleep", answer_while_waiting)
@@ -647,16 +615,16 @@ def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path,
         calls.append(1)
         if len(calls) in (1, 3):
             raise Killed
-        people(only(tmp_path), lambda n, a, b: float(n % 2))
+        answer_open(only(tmp_path), lambda n, a, b: float(n % 2))
 
     quick.setattr(script.Camera, "picture", lambda *_: b"picture")
     quick.setattr(script.time, "sleep", mortal)
     kill(run, tmp_path, *PEOPLE)
     run_dir = only(tmp_path)
     asked = len(pairs(run_dir))
-    assert asked == 6 + 1 and people(run_dir, lambda n, a, b: float(n % 2)) == asked  # one for the next to do
+    assert asked == 6 + 1 and answer_open(run_dir, lambda n, a, b: float(n % 2)) == asked  # one for the next to do
     kill(resume, run_dir)
-    people(run_dir, lambda n, a, b: float(n % 2))
+    answer_open(run_dir, lambda n, a, b: float(n % 2))
     summary = resume(run_dir)
     assert summary["labels_used"] == 24 == summary["asked"] == len(answers(run_dir))
 
@@ -665,8 +633,7 @@ def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path,
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "exactly one of"),
-        (["--oracle", "--true-reward"], "exactly one of"),
+        *REFUSED,
         (["--oracle", "--env-id", "Hoper-v5"], "Hopper"),
         (["--oracle", "--env-id", "CartPole-v1"], "not a MuJoCo task"),
         (["--oracle", "--env-id", "Pendulum-v1"], "not a MuJoCo task"),
@@ -675,43 +642,19 @@ def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path,
         (["--oracle", "--env-id", "nomodule:Mine-v0"], "nomodule"),
         (["--oracle", "--env-id", "slider:Mine-v0"], "slider:Mine-v0 can't be made"),
         (["--oracle", "--env-id", "HalfCheetah-v5", "--labels", "-3"], "-3 is not in [0"),  # no log of MuJoCo's own
-        (["--oracle", "--ablation", "no-labels"], "invalid choice"),
-        (["--oracle", "--labels", "0"], "needs --preferences"),
         (["--oracle", "--labels", "1400", "--total-timesteps", "20000"], "more steps than the run"),
-        (["--oracle", "--query-pool-steps", "500"], "--query-pool-steps must be"),
         (["--oracle", "--segment-length", "0"], "0 is not in [1"),
-        (["--oracle", "--teacher-mistake", "1.5"], "1.5 is not in [0, 1]"),
-        (["--oracle", "--gamma", "nan"], "nan is not in [0, 1]"),
         (["--oracle", "--l2-coef", "0"], "not in [1e-06, 0.001]"),
-        (["--oracle", "--num-envs", "0"], "0 is not in [1"),
         (["--oracle", "--reset-every", "0"], "0 is not in [1"),
-        (["--oracle", "--learning-rate", "-1"], "-1 is not in"),
-        (["--oracle", "--learning-rate", "inf"], "inf is not in"),
         (["--oracle", "--ent-coef", "nan"], "nan is not in"),
         (["--oracle", "--init-logstd", "3"], "3 is not in [-5"),
-        (["--oracle", "--ablation", "target", "--teacher-mistake", "0.1"], "no --teacher-*"),
-        (["--human", "--teacher-mistake", "0.1"], "people give answers"),
-        (["--true-reward", "--labels", "10"], "learns no reward"),
-        (["--true-reward", "--teacher-mistake", "0.1"], "learns no reward"),
-        (["--oracle", "--labels", "0", "--preferences", "nowhere"], "not a run directory"),
-        (["--oracle", "--labels", "0", "--reward-model", "nowhere"], "not a run directory"),
-        (["--oracle", "--labels", "10", "--reward-model", "nowhere"], "takes --labels 0"),
-        (["--oracle", "--device", "cuda:99"], "can't be used here"),
-        (["--oracle", "--device", "abacus"], "can't be used here"),
-        (["--oracle", "--threads", "0"], "0 is not in [1"),
-        (["--oracle", "--seed", "99999999999999999999"], "is not in [0"),
-        (["--resume", "nowhere"], "not a run directory"),
-        (["--oracle", "--runs-dir", "/dev/null/x"], "can't write to"),
     ],
 )
 def test_bad_input_ends_with_a_sentence_and_code_2_before_anything_is_written(
     tmp_path, monkeypatch, capfd, flags, said
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        script.train(script.parse_args(flags))
-    assert end.value.code == 2 and not list(tmp_path.iterdir())
-    assert said in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert said in refused_here(script, flags, capfd)
 
 
 def test_what_does_not_fit_a_run_is_refused(tmp_path, quick, capsys):

@@ -411,6 +411,7 @@ def test_a_new_name_answers_no_pair_that_was_served_to_the_old_one(world, visit)
     with one.page.expect_response("**/api/claim"):
         under_way[0].continue_()
     one.page.wait_for_timeout(500)
+    one.page.wait_for_function("() => arriving.length === 0")  # on a busy machine its pictures take longer
     assert one.page.get_attribute("body", "data-state") == "waiting"
     world.now += label_server.LEASE + 1
     one.do(lambda: one.page.keyboard.press("ArrowUp"))

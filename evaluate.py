@@ -88,7 +88,7 @@ class Recorder:
         return self.obs
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, dict]:
-        if self.camera and not self.over and self.camera.next_row < VIDEO_STEPS:
+        if self.camera and not self.over and len(self.camera.kept) < VIDEO_STEPS:
             self.camera.record(self.envs, actions[:1])
         row, (self.obs, told) = {"obs": torch.tensor(self.obs[0])}, self.envs.step(actions)
         if not self.over:
@@ -213,7 +213,7 @@ def evaluate(args: Args) -> dict:
     draw_figure(series, title, folder / "episode.png")
     if recorder.camera:
         pace = script.CLIP.get("fps") or used.segment_length / 1.5  # steps per second
-        shown = range(0, recorder.camera.next_row, math.ceil(pace / 30))
+        shown = range(0, len(recorder.camera.kept), math.ceil(pace / 30))
         pictures = [recorder.camera.frames(0, t, 1)[0] for t in shown]
         frames = [draw_frame(picture, series, t) for picture, t in zip(pictures, shown, strict=True)]
         write_video(frames, pace / shown.step, folder / "episode.webm")

@@ -15,7 +15,7 @@ this plot, with the same numbers:
 A pair is a file, preferences/<number>.npz in the run's directory; an answer is a line in answers.jsonl beside it. The
 oracle appends that line at once, label_server.py when somebody has looked. Nothing else knows who answers.
 
-    python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000 --query-pool-steps 4000   # some minutes
+    python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000   # some minutes
     python ppo_atari_rlhf.py --oracle --labels 5500    # Pong, 10M steps: 4.5 hours on two CPU cores
     python ppo_atari_rlhf.py --human --labels 5500     # people answer; beside it: python label_server.py
     python ppo_atari_rlhf.py --true-reward             # the same learner on the same observations, paid by the score
@@ -26,10 +26,8 @@ Where this differs from the paper, and why (the evidence is in docs/atari.md):
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
-  * Dropout after the last two of the four convolutions only: with it after all four, the held-out loss of a model that
-    sees each label a few times only falls more slowly.
-  * Rewards of std 0.15, not 0.05. A2C's step scales with the reward; PPO's advantages are normalised, so its reward's
-    scale is the weight of the value loss alone. 0.15 is what Pong's clipped score has: CleanRL's balance of losses.
+  * Dropout after the last two of the four convolutions only: after all four, the held-out loss falls more slowly.
+  * Rewards of std 0.15, as Pong's clipped score has, not 0.05: to PPO that is the weight of its value loss, no more.
   * Lives are hidden besides the score: a falling counter tells of the ends that the paper hides.
 """
 
@@ -48,6 +46,7 @@ import time
 import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,11 +73,11 @@ OPEN_PAIRS = 100  # --human: while so many pairs wait for an answer, no more are
 REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
-SAVE_SECONDS = 60  # between two checkpoints, at least
 SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
 SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_model/correlation"}
-FIXED = ("env_id", "num_envs", "query_pool_steps", "segment_length", "num_members", "ablation", "preferences")
-CLIP = {"width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True}  # what people see of a clip
+CHANGEABLE = {"total_timesteps", "labels", "wait_for_labels", "device", "threads", "bf16", "reset_every", "log_every",
+              "eval_episodes", "track", "wandb_project_name", "wandb_entity"}  # beside --resume  # fmt: skip
+CLIP = {"width": 160, "height": 210, "columns": 5, "fps": 15.0, "pixelated": True, "quality": 101}  # for people
 
 
 def fail(message: str):
@@ -139,8 +138,6 @@ class Args:
     gae_lambda: Share = 0.95  # lambda of generalized advantage estimation
     num_minibatches: Count = 8  # per epoch
     update_epochs: Count = 2  # passes over each rollout
-    target_kl: Weight | None = None  # end the passes after one whose mean KL divergence exceeds this
-    norm_adv: bool = True  # give the advantages of each minibatch zero mean and unit std
     clip_coef: Weight = 0.1  # PPO's clipping of the probability ratio
     clip_vloss: bool = True  # clip the value loss likewise
     ent_coef: Weight = 0.01  # weight of the entropy bonus
@@ -194,13 +191,6 @@ class Args:
             return self.labels
         return 0 if self.preferences or not self.labels else max(1, min(500, self.labels // 4))
 
-    @property
-    def query_batch(self) -> int:
-        """Few labels are asked for in ten batches, so that they don't all come at the end."""
-        if self.ablation == "no-online-queries":
-            return QUERY_BATCH
-        return max(1, min(QUERY_BATCH, (self.labels - self.initial_labels) // 10))
-
 
 def refuse(args: Args) -> None:
     """End on what would train for hours on nothing, or would fail after something was written."""
@@ -214,7 +204,7 @@ def refuse(args: Args) -> None:
     taught = any(getattr(args, name) != getattr(Args, name) for name in asdict(args) if name.startswith("teacher_"))
     sources = [run for run in (args.preferences, args.reward_model) if run]
     shown = 2 * args.clip_length * (args.labels - args.initial_labels)
-    pool = 4 * args.query_batch * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
+    pool = 4 * QUERY_BATCH * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
     refused = {
         "give exactly one of --oracle, --human and --true-reward": args.oracle + args.human + args.true_reward != 1,
         "--true-reward learns no reward": args.true_reward and (args.labels or taught or ablated or sources),
@@ -237,6 +227,9 @@ def refuse(args: Args) -> None:
         answers, _ = read_answers(Path(args.preferences) / "preferences" / "answers.jsonl")
         if not any(answer["mu"] is not None for answer in answers):
             fail(f"{args.preferences} has no answers: no label yet, or written by the first version of these scripts")
+        clips = [Path(args.preferences) / "preferences" / f"{answer['pair']:08d}.npz" for answer in answers]
+        if not all(path.exists() for path in clips):
+            fail(f"{args.preferences} lacks clips that were answered")
         if args.clip_length != (1 if other["ablation"] == "no-segments" else other["segment_length"]):
             fail(f"{args.preferences} has clips of another length")
     if args.reward_model and other["true_reward"]:
@@ -251,6 +244,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     spelled = r"^--(?!no-)([\w-]+)=(True|False)$"
+    argv = [re.sub(r"^(--[\w-]+=)~(?=/)", lambda m: m[1] + str(Path.home()), arg) for arg in argv]
     argv = [re.sub(spelled, lambda m: ("--" if m[2] == "True" else "--no-") + m[1], arg) for arg in argv]
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume:
@@ -258,12 +252,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if run["script"] != SCRIPT or run["args"].keys() != asdict(args).keys():
             fail(f"{args.resume} was begun by another script or version: go on with the copy that lies in it")
         args = tyro.cli(Args, args=argv, default=Args(**run["args"]))
-        for name in FIXED:
-            if getattr(args, name) != run["args"][name]:
-                fail(f"--{name.replace('_', '-')} can't be changed beside --resume")
         for name in run["args"]:
-            if name != "resume" and getattr(args, name) != run["args"][name]:
-                print(f"--{name.replace('_', '-')} is {getattr(args, name)} from now on, not {run['args'][name]}")
+            flag, now, before = f"--{name.replace('_', '-')}", getattr(args, name), run["args"][name]
+            if now != before and name in CHANGEABLE:
+                print(f"{flag} is {now} from now on, not {before}")
+            elif now != before and name != "resume":
+                fail(f"{flag} can't be changed beside --resume: begin a new run")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 5500
     if args.oracle_end_penalty is None:
@@ -376,7 +370,7 @@ class Camera:
 
     def __init__(self, args: Args, num_envs: int, rows: int):
         self.games = make_games(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        self.env_id, self.kept, self.next_row = args.env_id, deque(maxlen=rows), 0
+        self.env_id, self.kept = args.env_id, deque(maxlen=rows)
 
     def reset(self, seed: int):
         self.screens, _ = self.games.reset(seed=seed)
@@ -385,22 +379,15 @@ class Camera:
         """Keep what the games show, (N, 1, 210, 160, 3), and follow them."""
         hide(np.moveaxis(self.screens, -1, 0), self.env_id)
         self.kept.append([zlib.compress(screen, 1) for screen in self.screens])
-        self.next_row += 1
         self.screens, *_ = self.games.step(actions)
 
-    def first_row(self) -> int:
-        return self.next_row - len(self.kept)
-
     def frames(self, env: int, row: int, length: int) -> np.ndarray:
-        """(length, 210, 160, 3) RGB from this row of an environment on."""
-        kept = [self.kept[row + t - self.first_row()][env] for t in range(length)]
+        """(length, 210, 160, 3) RGB of an environment from this row of what is kept on; the newest row is -1."""
+        kept = [self.kept[row + t][env] for t in range(length)]
         return np.stack([np.frombuffer(zlib.decompress(screen), np.uint8).reshape(210, 160, 3) for screen in kept])
 
-    def picture(self, env: int, row: int, length: int) -> bytes:
-        return sprite_sheet(self.frames(env, row, length), quality=101)  # lossless
 
-
-def sprite_sheet(frames: np.ndarray, quality: int) -> bytes:
+def sprite_sheet(frames: np.ndarray) -> bytes:
     """The frames of a clip, (L, H, W, 3) RGB, on one WebP image, CLIP["columns"] in a row."""
     import cv2
 
@@ -408,7 +395,7 @@ def sprite_sheet(frames: np.ndarray, quality: int) -> bytes:
     cells = np.zeros((math.ceil(len(frames) / columns) * columns, height, width, 3), np.uint8)
     cells[: len(frames)] = frames[..., ::-1]  # OpenCV's order
     image = cells.reshape(-1, columns, height, width, 3).swapaxes(1, 2).reshape(-1, columns * width, 3)
-    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
+    return cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, CLIP["quality"]])[1].tobytes()
 
 
 # ---- Policy ----------------------------------------------------------------------------------------------------------
@@ -650,23 +637,24 @@ class Preferences:
     """
 
     def __init__(self, folder: Path, asked: int, window: int | None, args: Args):
-        """Take up what lies in the folder. Of the oracle's pairs `asked` count: it asks later ones again and gets the
-        answers that lie there, so that a resumed run is the same run. Of people's, all count."""
+        """Take up what lies in the folder. `asked` is the checkpoint's: what the oracle was asked after it goes, and is
+        asked again, so that a resumed run is the same run. Of what people were asked, all counts."""
         self.folder, self.journal, self.window = folder, folder / "answers.jsonl", window or sys.maxsize
         self.device, self.members, self.position = args.device, args.members, 0  # bytes of the journal that were read
-        if args.oracle and self.journal.exists() and not self.journal.read_bytes().endswith(b"\n"):
-            with open(self.journal, "a") as file:
-                file.write("\n")  # it was killed in the middle of a line
         self.answered: set[int] = set()
-        self.waiting: list[dict] = []  # answers to pairs that the oracle is about to ask again
         self.labels: list[dict] = []  # arrays of the newest `window`
         self.used = self.ties = self.skipped = self.loaded = 0  # labels of this run, ties among them; no answer; loaded
-        loaded = [answer["pair"] for answer in read_answers(self.journal)[0] if answer.get("loaded")]
-        on_disk = [int(path.stem) for path in folder.glob("*.npz") if args.human and path.stem.isdigit()]
-        self.first = 1 + max(loaded, default=-1)  # pair of this run
-        self.asked = 1 + max([self.first - 1, asked - 1, *on_disk])
-        recent = [number for number in range(self.asked - 500, self.asked) if self.path(number).exists()]
-        self.recent_sums = deque([x for number in recent for x in self.pair(number)["sums"]], maxlen=1000)
+        lines = read_answers(self.journal)[0]
+        self.first = 1 + max([line["pair"] for line in lines if line.get("loaded")], default=-1)  # pair of this run
+        stored = sorted(int(path.stem) for path in folder.glob("*.npz") if path.stem.isdigit())
+        self.asked = max([self.first, asked, *(number + 1 for number in stored if args.human)])
+        if args.oracle:
+            for number in [number for number in stored if number >= self.asked]:
+                self.path(number).unlink()
+                stored.remove(number)
+            kept = "".join(json.dumps(line) + "\n" for line in lines if line["pair"] < self.asked)
+            write_whole(self.journal, lambda file: file.write(kept.encode()))
+        self.recent_sums = deque([x for number in stored[-500:] for x in self.pair(number)["sums"]], maxlen=1000)
         self.read()
 
     @property
@@ -685,34 +673,29 @@ class Preferences:
             fail(f"{self.path(number)} can't be read ({error.__class__.__name__})")
 
     def ask(self, arrays: dict, pictures: list[bytes]) -> int:
-        """Store a pair, its pictures first, and return its number. One that lies there already stays as it is."""
+        """Store a pair, its pictures first, and return its number."""
         number, self.asked = self.asked, self.asked + 1
         self.recent_sums.extend(arrays["sums"])
-        if not self.path(number).exists():
-            for side, picture in enumerate(pictures):
-                seen = self.path(number).with_suffix(f".{side}.webp")
-                write_whole(seen, lambda file, picture=picture: file.write(picture))
-            write_whole(self.path(number), lambda file: np.savez_compressed(file, **arrays))
+        for side, picture in enumerate(pictures):
+            seen = self.path(number).with_suffix(f".{side}.webp")
+            write_whole(seen, lambda file, picture=picture: file.write(picture))
+        write_whole(self.path(number), lambda file: np.savez_compressed(file, **arrays))
         return number
 
     def answer(self, number: int, mu: float | None):
-        if number not in self.answered:
-            with open(self.journal, "a") as file:
-                file.write(json.dumps({"pair": number, "mu": mu}) + "\n")
+        with open(self.journal, "a") as file:
+            file.write(json.dumps({"pair": number, "mu": mu}) + "\n")
 
     def read(self):
         """Make labels of the answers that are new."""
         lines, self.position = read_answers(self.journal, self.position)
-        for line in lines:
-            if line["pair"] not in self.answered:
-                self.answered.add(line["pair"])
-                self.waiting.append(line)
-        ready = [line for line in self.waiting if line["pair"] < self.asked]
-        self.waiting = [line for line in self.waiting if line["pair"] >= self.asked]
-        own = [line["mu"] for line in ready if not line.get("loaded")]
+        new = {line["pair"]: line for line in reversed(lines) if line["pair"] not in self.answered}
+        new = [line for number, line in reversed(new.items()) if number < self.asked]
+        self.answered |= {line["pair"] for line in new}
+        own = [line["mu"] for line in new if not line.get("loaded")]
         self.skipped, self.ties = self.skipped + own.count(None), self.ties + own.count(0.5)
         self.used += len(own) - own.count(None)
-        labels = [line for line in ready if line["mu"] is not None]
+        labels = [line for line in new if line["mu"] is not None]
         self.loaded += len(labels) - len(own) + own.count(None)
         for line in labels[-self.window :]:
             label = {name: torch.as_tensor(x, device=self.device) for name, x in self.pair(line["pair"]).items()}
@@ -827,8 +810,7 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
     """PPO's clipped loss on a minibatch; all (B,). Out: the loss, and a dict of tensors to log."""
     logratio = newlogprob - logprobs
     ratio = logratio.exp()
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
@@ -848,7 +830,7 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
 # ---- Updates ---------------------------------------------------------------------------------------------------------
 def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
     """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
-    (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
+    (T N, ...). Out: means of what was logged, as tensors."""
     *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
@@ -862,11 +844,7 @@ def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
             info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(info)
-        approx_kl = torch.stack([info["approx_kl"] for info in logged[-args.num_minibatches :]]).mean()
-        if args.target_kl is not None and approx_kl > args.target_kl:
-            break
     means = {name: torch.stack([info[name] for info in logged]).mean() for name in logged[0]}
-    means["epochs"] = torch.tensor(len(logged) / args.num_minibatches)
     return means | {"explained_variance": 1 - (b_returns - b_values).var() / b_returns.var()}
 
 
@@ -981,8 +959,8 @@ def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int,
     for pair in select_pairs(ensemble, pool, num, first, rng, args):
         clips = {name: x.cpu().numpy() for name, x in pool.clips(pair, args.clip_length).items()}
         rewards = pool.gather("oracle_rewards", pair, 0, args.clip_length).cpu().numpy().astype(np.float64)
-        pictures = [camera.picture(env, row, args.clip_length) for env, row in pair.tolist()] if camera else []
-        number = preferences.ask(clips | {"sums": rewards.sum(1).astype(np.float32)}, pictures)
+        shown = [camera.frames(e, row - pool.count, args.clip_length) for e, row in pair.tolist()] if camera else []
+        number = preferences.ask(clips | {"sums": rewards.sum(1).astype(np.float32)}, [sprite_sheet(x) for x in shown])
         if args.oracle:
             preferences.answer(number, teacher_answer(rng, rewards, preferences.recent_sums, args))
     preferences.read()
@@ -1018,19 +996,15 @@ class Progress:
     returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
 
 
-def make_run_dir(args: Args, wandb_id: str | None) -> Path:
-    """Make the run's own directory: a copy of this script, what --preferences gives, and args.json at the end."""
-    runs_dir = Path(args.runs_dir).expanduser()
-    while True:
-        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
-        run_dir = runs_dir / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            (run_dir / "preferences").mkdir(parents=True)
-            break
-        except FileExistsError:  # another agent of a sweep has started in this second
-            time.sleep(1)
-        except OSError as error:
-            fail(f"can't write to {run_dir}: {error.strerror}")
+def make_run_dir(args: Args) -> tuple[Path, dict]:
+    """Make the run's own directory, with a copy of this script and what --preferences gives. Out: the directory, and
+    what its args.json is to hold."""
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+    run_dir = Path(args.runs_dir) / f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}"  # agents of a sweep start together
+    try:
+        (run_dir / "preferences").mkdir(parents=True)
+    except OSError as error:
+        fail(f"can't write to {run_dir}: {error.strerror}")
     shutil.copy(__file__, run_dir / f"{SCRIPT}.py")
     if args.preferences:
         source, lines = Path(args.preferences) / "preferences", {}
@@ -1041,20 +1015,21 @@ def make_run_dir(args: Args, wandb_id: str | None) -> Path:
             shutil.copy(source / f"{line['pair']:08d}.npz", run_dir / "preferences")
         journal = run_dir / "preferences" / "answers.jsonl"
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    git = f"git rev-parse --short=10 HEAD && git status --short --ignored {shlex.quote(Path(__file__).name)}"
+    here = Path(__file__).resolve().parent
+    told = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
         "args": asdict(args),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "commit": told[0] + "+" * (len(told) > 1) if told else None,  # "+": this file is not what the commit has
         "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
         "clip": CLIP | {"frames": args.clip_length},
-        "wandb_id": wandb_id,
+        "wandb_id": None,
     }
-    write_json(run_dir / "args.json", run)
-    return run_dir
+    return run_dir, run
 
 
 def read_run(run_dir: str | Path) -> dict:
@@ -1067,37 +1042,35 @@ def read_run(run_dir: str | Path) -> dict:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
 
 
-def open_run(args: Args) -> tuple[Path, filelock.FileLock, object]:
-    """The run's directory, new or that of --resume; the lock that keeps other processes out of it; and its W&B run,
-    the same one whatever the directory is called now, or None."""
-    run = read_run(args.resume) if args.resume else {}
-    wandb_run = None
-    if args.track:
-        import wandb
-
-        where, config = {"project": args.wandb_project_name, "entity": args.wandb_entity}, asdict(args)
-        try:
-            wandb_run = wandb.init(**where, id=run.get("wandb_id"), config=config, resume="allow")
-        except wandb.errors.Error as error:
-            fail(f"--track: {error}")
-        wandb_run.define_metric("*", step_metric="global_step")
-        run["wandb_id"] = wandb_run.id
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args, run.get("wandb_id"))
+def open_run(args: Args) -> tuple[Path, dict, filelock.FileLock, object]:
+    """The run's directory, new or that of --resume; what its args.json is to hold; the lock that keeps other processes
+    out; and its W&B run, the same one whatever the directory is called now, or None."""
+    if args.resume:
+        run_dir, run = Path(args.resume), read_run(args.resume) | {"args": asdict(args) | {"resume": None}}
+    else:
+        run_dir, run = make_run_dir(args)
     lock = filelock.FileLock(run_dir / "run.lock")
     try:
         lock.acquire(timeout=1)  # the label server looks in for a moment
     except filelock.Timeout:
         fail(f"another process is running {run_dir}")
-    if args.resume:
-        write_json(run_dir / "args.json", run | {"args": asdict(args) | {"resume": None}})
-    if wandb_run:
-        wandb_run.name = run_dir.resolve().name
-    return run_dir, lock, wandb_run
+    if not args.track:
+        return run_dir, run, lock, None
+    import wandb
+
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run["wandb_id"]}
+    try:
+        wandb_run = wandb.init(**where, name=run_dir.resolve().name, config=asdict(args), resume="allow")
+    except wandb.errors.Error as error:
+        if not args.resume:
+            shutil.rmtree(run_dir)
+        fail(f"--track: {error}")
+    wandb_run.define_metric("*", step_metric="global_step")
+    return run_dir, run | {"wandb_id": wandb_run.id}, lock, wandb_run
 
 
 def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **more) -> None:
-    """status.json, what the label page tells of a run of people. Phases: initial, pretraining, training, finished; with
-    `wanted`, it stands still until so many labels have come."""
+    """status.json, for the label page. phase: initial, pretraining, training, finished; wanted: labels waited for."""
     if args.human:
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
@@ -1227,13 +1200,10 @@ def train(args: Args) -> dict:
         camera = Camera(args, args.num_envs, args.pool_rows) if args.human and args.labels else None
     except Exception as error:  # of whatever draws
         fail(f"--human: no pictures can be drawn here ({error})")
-    run_dir, lock, wandb_run = open_run(args)
+    run_dir, run, lock, wandb_run = open_run(args)
     args.resume, is_new = str(run_dir), not (run_dir / "checkpoint.pt").exists()
-    (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
     torch.set_num_threads(args.threads)
     keep_large_buffers()
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
     torch.manual_seed(args.seed)  # initial parameters
 
     envs = Envs(args, args.num_envs)
@@ -1243,10 +1213,12 @@ def train(args: Args) -> dict:
     modules = {"agent": agent, "optimizer": optimizer, "ensemble": ensemble, "reward_optimizer": reward_optimizer}
     pool = SegmentPool(0 if args.true_reward else args.pool_rows, args.num_envs, args.device)
     progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
+    if progress.iteration >= args.num_iterations:
+        fail(f"{run_dir} has done all of its steps: to go on, give more --total-timesteps")
+    write_json(run_dir / "args.json", run)
+    (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
     window = None if args.ablation == "no-online-queries" else args.label_window
     preferences = Preferences(run_dir / "preferences", progress.asked, window, args)
-    if camera:
-        camera.next_row = pool.count
     writer = SummaryWriter(str(run_dir), purge_step=progress.global_step + 1)
 
     def log(scalars: dict):
@@ -1269,15 +1241,14 @@ def train(args: Args) -> dict:
             ensemble.load_state_dict(read_checkpoint(args.reward_model)["ensemble"])
         obs, rng = start_anew([args.seed, 0], envs, camera)
         first_fresh = 0  # row; of earlier ones something was asked
-        wanted = min(args.labels, args.initial_labels + args.query_batch * args.human)  # people have some to go on with
+        wanted = min(args.labels, args.initial_labels + QUERY_BATCH * args.human)  # people have some to go on with
         while not pool.count or preferences.used < args.initial_labels:
             rollout, obs = roll_out(agent, envs, camera, obs, args)
             progress.global_step += args.batch_size
-            unpaid = torch.full_like(rollout["values"], math.nan)
-            pool.add(rollout, oracle_rewards_of(rollout, args), unpaid)
+            pool.add(rollout, oracle_rewards_of(rollout, args), torch.full_like(rollout["values"], math.nan))
             missing = wanted - preferences.used - preferences.open
             room = (pool.count - first_fresh - args.clip_length) * args.num_envs // (4 * args.clip_length)
-            if missing > 0 and room >= min(missing, args.query_batch):
+            if missing > 0 and room >= min(missing, QUERY_BATCH):
                 ask(None, pool, preferences, camera, min(missing, room), first_fresh, rng, args)
                 first_fresh = pool.count
             elif missing <= 0:
@@ -1287,13 +1258,11 @@ def train(args: Args) -> dict:
         renew_statistics(ensemble, pool, rng, args)
 
     disputed = None if args.ablation in ("random-queries", "no-ensemble") else ensemble
-    scalars, warned, reward_log, obs, saved_at = {}, set(), {}, None, -math.inf
+    scalars, reward_log, obs = {}, {}, None
     while progress.iteration < args.num_iterations:
         if obs is None or progress.iteration % args.reset_every == 0:
-            if time.monotonic() > saved_at + SAVE_SECONDS:
-                progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
-                save_checkpoint(run_dir, modules, pool, progress)
-                saved_at = time.monotonic()
+            progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
+            save_checkpoint(run_dir, modules, pool, progress)
             obs, rng = start_anew([args.seed, 1, progress.iteration], envs, camera)
         began = time.monotonic()
         if args.anneal_lr:
@@ -1331,8 +1300,8 @@ def train(args: Args) -> dict:
         missing = due - preferences.used - preferences.open
         if args.human:
             missing = min(missing, OPEN_PAIRS - preferences.open)
-        first = max(pool.first_row(), camera.first_row() if camera else 0)  # a resumed run has no older pictures
-        enough = args.query_batch if due < args.labels else 1
+        first = max(pool.first_row(), pool.count - len(camera.kept) if camera else 0)  # resumed, it has none of before
+        enough = QUERY_BATCH if due < args.labels else 1
         if missing >= enough and pool.count >= first + args.clip_length:
             ask(disputed, pool, preferences, camera, missing, first, rng, args)
         wanted = due if due == args.labels else int(0.75 * due)
@@ -1373,23 +1342,21 @@ def train(args: Args) -> dict:
             line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
             line += f"  return {np.mean(progress.returns or math.nan):.1f}"
             print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
-            for message, bad in {
-                "nine of ten labels are ties: they teach little": scalars.get("labels/ties", 0) > 0.9,
-                "the policy's entropy is near zero: it has stopped exploring": scalars["losses/entropy"] < 0.05,
-                "the reward model judges by chance": scalars.get("reward_model/accuracy_heldout", 1) < 0.55,
-            }.items():
-                if bad and message not in warned:
-                    print(f"warning: {message}")
-                    warned.add(message)
+            if scalars.get("labels/ties", 0) > 0.9:
+                print("warning: nine of ten labels are ties, which teach little")
+            if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
+                print("warning: the reward model judges by chance")
+            if scalars["losses/entropy"] < 0.05:
+                print("warning: the policy's entropy is near zero: it has stopped exploring")
         log(scalars)
 
-    progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
-    save_checkpoint(run_dir, modules, pool, progress)
     scores = evaluate(agent, args, args.seed)
     log({"charts/eval_return": scores.mean()})
     if not args.true_reward and not args.reward_model:
         scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
+    progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
     summary = summarise(scalars, scores, preferences, progress, args)
+    save_checkpoint(run_dir, modules, pool, progress)
     write_json(run_dir / "summary.json", summary)
     tell("finished", preferences, progress, args)
     writer.close()

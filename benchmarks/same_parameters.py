@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 SMALL = "--total-timesteps 6144 --device cpu --threads 1 --pretrain-pairs 300 --eval-episodes 1 --segment-length 10"
-ORACLE = "--oracle --labels 60 --query-pool-steps 6000"
+ORACLE = "--oracle --labels 240 --query-pool-steps 6000"
 ABLATIONS = ("random-queries", "no-ensemble", "no-online-queries", "no-regularization", "no-segments", "target")
 FLAGS = ["--true-reward", ORACLE, *(f"{ORACLE} --ablation {ablation}" for ablation in ABLATIONS)]
 FLAGS += [f"{ORACLE} --teacher-beta 1 --teacher-gamma 0.9 --teacher-mistake 0.1 --teacher-skip 0.1 --teacher-equal 0.1"]

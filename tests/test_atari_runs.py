@@ -77,12 +77,11 @@ class Toy:
 
 
 def play_toy(monkeypatch, script):
-    """Let a script's runs play the toy; its A2C sibling's tests use this too. Every place where all starts anew is
-    saved."""
+    """Let a script's runs play the toy; its A2C sibling's tests use this too."""
     monkeypatch.setattr(script, "make_games", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
+    monkeypatch.setattr(script, "QUERY_BATCH", 3)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
     monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
-    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     return monkeypatch
 
 
@@ -311,7 +310,7 @@ def test_a_run_starts_from_what_was_answered_in_the_other(tmp_path, toy, whole):
     (source / "preferences" / "answers.jsonl").write_text(text + '{"pair": 5, "mu": 1.0}')  # not a whole line
     args = script.parse_args([*SMALL, "--oracle", "--labels", "0", "--preferences", str(source)])
     args.runs_dir = str(tmp_path / "new")
-    folder = script.make_run_dir(args, None) / "preferences"
+    folder = script.make_run_dir(args)[0] / "preferences"
     assert {path.name for path in folder.iterdir()} == {"00000003.npz", "00000007.npz", "answers.jsonl"}
     given = [{"pair": 3, "mu": 1.0, "loaded": True}, {"pair": 7, "mu": 0.5, "loaded": True}]
     assert answers(folder.parent) == given
@@ -320,7 +319,7 @@ def test_a_run_starts_from_what_was_answered_in_the_other(tmp_path, toy, whole):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--labels 1", "--labels 3 --num-envs 1 --num-steps 64", "--labels 24 --query-pool-steps 120"]
+    "flags", ["--labels 1", "--labels 3 --num-envs 1 --num-steps 64", "--labels 24 --query-pool-steps 128"]
 )
 def test_small_runs_use_their_budget(tmp_path, toy, flags):
     summary = run(tmp_path, "--oracle", *flags.split(), "--total-timesteps", "384")
@@ -365,26 +364,25 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, toy, flags):
         assert answers(run_dir) == answers(only(tmp_path / "whole"))
 
 
-def test_a_checkpoint_is_saved_where_all_starts_anew_and_not_more_often_than_said(tmp_path, toy, whole):
+def test_a_checkpoint_is_saved_where_all_starts_anew(tmp_path, toy):
     saved, save, anew = [], script.save_checkpoint, script.start_anew
     toy.setattr(script, "save_checkpoint", lambda *given: saved.append(given[-1].iteration) or save(*given))
     toy.setattr(script, "start_anew", lambda key, *given: saved.append(key) or anew(key, *given))
-    toy.setattr(script, "SAVE_SECONDS", 1e9)
-    run(tmp_path / "seldom", *FEEDBACK)
-    assert saved == [[1, 0], 0, [1, 1, 0], [1, 1, 4], [1, 1, 8], 12]
-    assert digest(only(tmp_path / "seldom")) == digest(whole)  # which saved at each of these
+    run(tmp_path / "labels", *FEEDBACK)
+    assert saved == [[1, 0], 0, [1, 1, 0], 4, [1, 1, 4], 8, [1, 1, 8], 12]
     saved.clear()
-    toy.setattr(script, "SAVE_SECONDS", 0)
-    run(tmp_path / "often", "--true-reward", "--total-timesteps", "768")
+    run(tmp_path / "score", "--true-reward", "--total-timesteps", "768")
     assert saved == [0, [1, 1, 0], 4, [1, 1, 4], 8, [1, 1, 8], 12]
 
 
 def test_a_finished_run_can_be_trained_on(tmp_path, toy, whole, capsys):
-    """With nothing given it ends at once as it was; with more steps it goes on, and says so."""
+    """With more steps it goes on, and says so; with none to do it is refused and stays as it is."""
     run_dir = shutil.copytree(whole, tmp_path / "run")
-    before = json.loads((run_dir / "summary.json").read_text())
-    again = resume(run_dir)
-    assert digest(run_dir) == digest(whole) and again["final_return_mean"] == before["final_return_mean"]
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for flags in ([], ["--total-timesteps", "640"], ["--labels", "60"]):
+        assert ended(SystemExit, resume, run_dir, *flags).code == 2
+        assert "has done all of its steps" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     capsys.readouterr()
     summary = resume(run_dir, "--total-timesteps", "1152", "--labels", "60")
     shown = capsys.readouterr().out
@@ -400,9 +398,8 @@ def test_a_resumed_run_needs_no_other_run(tmp_path, toy, whole, flag):
     source = shutil.copytree(whole, tmp_path / "source")
     run(tmp_path / "new", "--oracle", "--labels", "0", flag, str(source), "--total-timesteps", "256")
     run_dir = only(tmp_path / "new")
-    before = digest(run_dir)
     shutil.rmtree(source)
-    assert resume(run_dir)["finished"] and digest(run_dir) == before
+    assert resume(run_dir, "--total-timesteps", "320")["finished"]
 
 
 def test_a_full_disk_loses_no_checkpoint(tmp_path, toy, whole):
@@ -435,11 +432,12 @@ def test_a_crash_is_an_exception_not_a_finished_run(tmp_path, toy):
 def test_a_second_process_is_kept_out_of_a_run(tmp_path, toy, whole, capsys):
     run_dir = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    toy.setitem(sys.modules, "wandb", None)  # importing it would fail: the lock comes first
     with script.filelock.FileLock(run_dir / "run.lock"):
-        end = ended(SystemExit, resume, run_dir, "--total-timesteps", "1152")
+        end = ended(SystemExit, resume, run_dir, "--total-timesteps", "1152", "--track")
     assert end.code == 2 and f"another process is running {run_dir}" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    assert resume(run_dir)["finished"]  # the lock has gone
+    assert resume(run_dir, "--total-timesteps", "1152")["finished"]  # the lock has gone
 
 
 def test_numbers_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_path, toy, whole):
@@ -557,6 +555,7 @@ def test_bad_input_ends_with_a_sentence_and_code_2_before_anything_is_written(
 def test_broken_run_directories_are_refused(tmp_path, toy, whole, capsys):
     good = shutil.copytree(whole, tmp_path / "good")
     labels = ["--oracle", "--labels", "0", "--total-timesteps", "640", "--preferences", str(good)]
+    more = ["--total-timesteps", "1152"]
 
     def refused(said, act, *given):
         (tmp_path / "new").mkdir(exist_ok=True)
@@ -569,17 +568,22 @@ def test_broken_run_directories_are_refused(tmp_path, toy, whole, capsys):
     score = str(only(tmp_path / "score"))
     refused("has no answers", run, new, *labels, "--preferences", score)
     refused("has learned no reward model", run, new, "--oracle", "--labels", "0", "--reward-model", score)
-    assert not list(new.iterdir())
     pair = good / "preferences" / "00000007.npz"
     whole = pair.read_bytes()
+    pair.unlink()
+    refused("lacks clips that were answered", run, new, *labels)
+    assert not list(new.iterdir())
     pair.write_bytes(whole[: len(whole) // 2])
-    refused("00000007.npz can't be read", resume, good)
+    refused("00000007.npz can't be read", resume, good, *more)
     pair.write_bytes(whole)
-    checkpoint = (good / "checkpoint.pt").read_bytes()
+    (good / "summary.json").write_text("kept")
+    before, checkpoint = (good / "args.json").read_text(), (good / "checkpoint.pt").read_bytes()
     (good / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
-    refused("truncated", resume, good)
+    refused("truncated", resume, good, *more)
+    assert (good / "args.json").read_text() == before and (good / "summary.json").read_text() == "kept"
     (good / "checkpoint.pt").write_bytes(checkpoint)
     args = json.loads((good / "args.json").read_text())
+    refused("--reward-learning-rate can't be changed beside --resume", resume, good, "--reward-learning-rate", "0.1")
     for wrong in (args | {"script": "a2c_atari_rlhf"}, args | {"args": args["args"] | {"new": 1}}):
         (good / "args.json").write_text(json.dumps(wrong))
         refused("another script or version", resume, good)
@@ -596,22 +600,47 @@ def test_tracking_without_a_key_is_refused_before_a_run_begins(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "--track" in done.stderr and "API key" in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not any((tmp_path / "runs").iterdir())
 
 
-def test_two_runs_of_one_second_have_directories_of_their_own(tmp_path, monkeypatch):
-    seconds = iter(["now", "now", "then"])
-    monkeypatch.setattr(script.time, "strftime", lambda _: next(seconds))
-    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+def test_two_runs_of_one_second_have_directories_of_their_own(tmp_path):
     args = script.parse_args(["--oracle", "--runs-dir", str(tmp_path / "new")])
-    dirs = {script.make_run_dir(args, None) for _ in range(2)}
-    assert {path.name[-4:] for path in dirs} == {"_now", "then"} and all((path / "args.json").exists() for path in dirs)
+    assert len({script.make_run_dir(args)[0] for _ in range(20)}) == len(list((tmp_path / "new").iterdir())) == 20
+
+
+def test_a_changed_or_copied_script_is_not_recorded_as_the_commit(tmp_path, monkeypatch):
+    """Nor is one that git does not know, or is told to ignore, as the copies in run directories are."""
+    repo, args = tmp_path / "repo", script.parse_args(["--oracle", "--runs-dir", str(tmp_path / "runs")])
+    for folder in ("", "runs", "mine"):
+        (repo / folder).mkdir()
+        shutil.copy(ROOT / "ppo_atari_rlhf.py", repo / folder)
+    (repo / ".gitignore").write_text("runs")
+    author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    for words in (["init", "-q"], ["add", "ppo_atari_rlhf.py", ".gitignore"], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(repo), *words], check=True)
+
+    def recorded(file):
+        monkeypatch.setattr(script, "__file__", str(file))
+        return script.make_run_dir(args)[1]["commit"]
+
+    commit = recorded(repo / "ppo_atari_rlhf.py")
+    assert len(commit) == 10 and int(commit, 16)
+    assert (
+        recorded(repo / "runs" / "ppo_atari_rlhf.py") == recorded(repo / "mine" / "ppo_atari_rlhf.py") == commit + "+"
+    )
+    with open(repo / "ppo_atari_rlhf.py", "a") as file:
+        file.write("# changed")
+    assert recorded(repo / "ppo_atari_rlhf.py") == commit + "+"
+    shutil.rmtree(repo / ".git")
+    assert recorded(repo / "ppo_atari_rlhf.py") is None
+    monkeypatch.setenv("PATH", "")
+    assert recorded(ROOT / "ppo_atari_rlhf.py") is None  # no git here
 
 
 def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    script.make_run_dir(script.parse_args(["--oracle", "--runs-dir", "~/x y"]), None)
+    script.make_run_dir(script.parse_args(["--oracle", "--runs-dir=~/x y"]))
     assert [path.name for path in tmp_path.iterdir()] == ["x y"]
 
 
@@ -687,7 +716,7 @@ def test_weights_and_biases_gets_it_all_and_a_renamed_run_goes_on_as_itself(tmp_
 
     def init(id, **given):
         made_by = os.environ.get("WANDB_RUN_ID", "fresh")
-        runs.append(FakeRun(id=id or made_by, rows=[], summary={}, given=given, name=None))
+        runs.append(FakeRun(id=id or made_by, rows=[], summary={}, given=given))
         return runs[-1]
 
     errors = SimpleNamespace(Error=ValueError)
@@ -697,7 +726,7 @@ def test_weights_and_biases_gets_it_all_and_a_renamed_run_goes_on_as_itself(tmp_
     run_dir = only(tmp_path).rename(tmp_path / "best run #1")
     toy.delenv("WANDB_RUN_ID")
     resume(run_dir, "--total-timesteps", "1088")
-    assert [r.id for r in runs] == ["of-the-sweep"] * 2 and runs[1].name == "best run #1"
+    assert [r.id for r in runs] == ["of-the-sweep"] * 2 and runs[1].given["name"] == "best run #1"
     assert runs[0].given["config"]["labels"] == 48 and runs[0].given["resume"] == "allow"
     steps = [[row["global_step"] for row in r.rows if "losses/entropy" in row] for r in runs]
     assert len(steps[0]) == 12 and len(steps[1]) == 5 and max(steps[0]) < min(steps[1])

@@ -54,7 +54,7 @@ def test_backwards_is_where_the_back_is(robot):
 
 
 def test_the_script_trains_it(tmp_path):
-    flags = "--oracle --labels 12 --query-pool-steps 4000 --pretrain-pairs 64 --total-timesteps 4096 --eval-episodes 1"
+    flags = "--oracle --labels 12 --query-pool-steps 8000 --pretrain-pairs 64 --total-timesteps 4096 --eval-episodes 1"
     command = [*flags.split(), "--env-id", TASK, "--runs-dir", str(tmp_path)]
     summary = script.train(script.parse_args(command))
     assert (summary["labels_used"], summary["env_id"]) == (12, TASK)

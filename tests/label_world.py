@@ -140,6 +140,9 @@ class World:
         self.claim(labeller, held=held, want=False)
         return self.claimed
 
+    def mark(self, name, mark, on=True):
+        self.call("POST", "/api/marks", {"name": name, "mark": mark, "on": on}, "admin", 204)
+
     def journal(self):
         return [json.loads(line) for line in self.call("GET", "/export.jsonl", role="admin").text.splitlines()]
 

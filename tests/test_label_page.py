@@ -761,6 +761,7 @@ def test_undo_survives_a_reload(world, visit):
     before = one.serving()
     one.page.keyboard.press("u")
     one.next(before)
+    one.wait()  # its pictures are fetched again
     assert one.serving() == first
     assert {clip for _, clip, _ in one.page.evaluate(SEEN)} == {60, 200}
     one.do(lambda: one.page.keyboard.press("ArrowUp"))
@@ -886,6 +887,7 @@ def test_no_mark_stays_on_the_side_that_was_chosen(world, visit):
     assert one.page.evaluate(border) != plain
     one.do(lambda: one.page.mouse.click(250, 350))
     assert one.page.evaluate(border) == plain
+    one.wait()
     one.page.keyboard.press("Tab")
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert one.page.evaluate(outline) != "none"
@@ -914,7 +916,7 @@ def test_the_study_page_bars_pauses_and_shows_doubtful_answers(world, visit):
     assert "true sum 2.00" in one.page.inner_text("details")
     one.page.click("button:text-is('bar')")
     one.page.wait_for_selector("text=let in again")
-    assert world.store.barred == {"<i>Bob</i>"}
+    assert world.store.marks == {("barred", "<i>Bob</i>")}
     one.page.click("button:text-is('pause')")
     one.page.wait_for_selector("button:text-is('go on')")
     assert world.claim("Ann") is None

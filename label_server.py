@@ -1171,7 +1171,7 @@ button { cursor: pointer; touch-action: manipulation; -webkit-tap-highlight-colo
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 kbd { font: inherit; font-size: .85em; color: var(--soft); border: 1px solid var(--line); border-radius: 5px;
   padding: 1px 6px; background: var(--ground); }
-progress { width: 120px; height: 8px; accent-color: var(--accent); }
+progress { width: 5em; height: 8px; accent-color: var(--accent); }
 [hidden] { display: none !important; }
 .label { height: 100dvh; padding: var(--gap) calc(1.4 * var(--gap)); display: grid; gap: var(--gap); overflow: hidden;
   grid-template: auto 1fr auto auto / minmax(0, 1fr); user-select: none; -webkit-user-select: none; }
@@ -1179,7 +1179,7 @@ header { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 18px; col
 header :is(#question, button) { overflow: hidden; text-overflow: ellipsis; }
 header button { max-width: 12em; }
 #question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
-#unsent:empty { display: none; }
+header :empty:not(progress) { display: none; }
 main { position: relative; display: grid; grid: 1fr / 1fr 1fr; gap: var(--gap); min-height: 0; }
 .clip { display: grid; grid-template-rows: 1fr auto; gap: var(--gap); padding: var(--gap); border-radius: 16px;
   min-width: 0; min-height: 0; color: var(--soft); }
@@ -1190,7 +1190,7 @@ main { position: relative; display: grid; grid: 1fr / 1fr 1fr; gap: var(--gap); 
 .films { display: flex; flex-wrap: wrap; gap: 14px; justify-content: center; margin: 12px 0; }
 .films figure { margin: 0; text-align: center; color: var(--soft); font-size: .9rem; }
 .films canvas { height: min(150px, 22vh); display: block; margin: 0 auto 4px; border-radius: 6px; }
-.example { position: relative; width: 160px; height: 100px; border-radius: 6px; background: #1c2430; }
+.example { position: relative; width: 160px; height: 100px; margin: 0 auto; border-radius: 6px; background: #1c2430; }
 .example::before, .example::after { content: ""; position: absolute; border-radius: 50%; }
 .example::before { left: 105px; top: 18px; width: 28px; height: 28px; border: 4px solid #f2c26b; }
 .example::after { left: 22px; top: 70px; width: 14px; height: 14px; background: #8ab4f8; }
@@ -1218,6 +1218,7 @@ dialog button { background: var(--accent); color: var(--on-accent); font-weight:
 dialog input { flex: 1; background: var(--ground); }
 @media (orientation: portrait) {
   main { grid: 1fr 1fr / 1fr; }
+  header { font-size: .9em; }
   #question { width: 100%; }
   footer { grid: auto / auto 1fr; }
   .choices { grid-area: 1 / 1 / 2 / -1; }
@@ -1229,17 +1230,18 @@ h2 { margin: 0 0 8px; font-size: 1.2em; }
 .stats { max-width: 1150px; margin: 0 auto; padding: 24px; overflow-wrap: anywhere; }
 .stats main { display: block; }
 .stats h2 { margin-top: 34px; }
+.stats button { margin-right: 6px; }
 .stats a { color: var(--accent); margin-right: 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-:is(th, td):first-child { text-align: left; max-width: 20em; overflow: hidden; text-overflow: ellipsis; }
+:is(th, td):first-child { text-align: left; max-width: 14em; overflow: hidden; text-overflow: ellipsis; }
 td div { white-space: normal; }
 :is(th, small, .stats p) { color: var(--soft); font-weight: 400; }
 small.warn { color: light-dark(#a34700, #f2a65a); }
 """
 LABEL_BODY = """<body class="label" data-state="start">
-<header><span id="question"></span><progress value="0" hidden></progress><span id="budget"></span>
+<header><span id="question"></span><span><progress value="0" hidden></progress> <span id="budget"></span></span>
   <span id="unsent"></span><button id="who" title="change your name"></button></header>
 <main>
   <button class="clip" id="left" aria-label="the left clip is better">

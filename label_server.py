@@ -169,10 +169,13 @@ class Status(BaseModel):
     global_step: int = 0
     total_timesteps: int = 0
     labels: int | None = None
-    labels_due: int = 0
+    labels_due: int | None = None
     wanted: int | None = None  # labels for which the trainer stands still
     accuracy_heldout: float | None = None
     time: float = 0.0
+
+    # From one to the next of a kind its numbers grow at a pace
+    kind = property(lambda self: (self.phase, self.wanted is None, self.labels_due is None))
 
 
 @dataclass
@@ -181,13 +184,12 @@ class Run:
 
     folder: Path
     env_id: str
-    script: str
     labels: int
     clip: dict
     status: Status = field(default_factory=Status)
     status_text: bytes = b""
     told: float = -math.inf  # when status.json was written, on this process's clock
-    history: deque = field(default_factory=lambda: deque(maxlen=120))  # of this phase: when, and the status then
+    history: deque = field(default_factory=lambda: deque(maxlen=120))  # of one kind: when, and the status then
     seen_locked: bool = False
     live: bool = False
     settled: bool = False  # what an earlier server left pending is written
@@ -209,7 +211,7 @@ def open_run(folder: Path) -> Run | None:
         if not args.get("human"):
             return None
         clip = Clip.model_validate(found["clip"]).model_dump()
-        return Run(folder, str(args["env_id"])[:200], str(found["script"])[:200], int(args["labels"]), clip)
+        return Run(folder, str(args["env_id"])[:200], int(args["labels"]), clip)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__} {error}".split("\n")[0]
         raise ValueError(f"args.json is damaged, or of the first version of these scripts ({what})") from None
@@ -234,8 +236,8 @@ def look_at(run: Run, now: float, wall: float) -> None:
         if text != run.status_text:
             status = Status.model_validate_json(text)
             run.told = now if run.status_text else now - max(0.0, wall - status.time)
-            if status.phase != run.status.phase or run.status.wanted is not None:
-                run.history.clear()  # its pace is that of something else
+            if status.kind != run.status.kind:
+                run.history.clear()
             run.history.append((run.told, status))
             run.status, run.status_text, run.labels = status, text, status.labels or run.labels
     locked = is_locked(run.folder / "run.lock")
@@ -363,9 +365,10 @@ class Store:
             fail(f"--runs-dir {self.runs_dir} is no directory to read and write in: {error.strerror}")
         options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False, "timeout": 1}}
         self.engine = sa.create_engine(f"sqlite:///{path}", **options)
-        sa.event.listen(self.engine, "connect", prepare_sqlite)
         try:
             with self.engine.begin() as conn:
+                for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+                    conn.exec_driver_sql(f"PRAGMA {pragma}")
                 if sa.inspect(conn).get_table_names() not in ([], ["log"]):
                     raise ValueError("it is not a label server's")
                 metadata.create_all(conn)
@@ -443,11 +446,6 @@ class Store:
         return [run for run in self.listed(name) if run.live and ("paused", run.name) not in self.marks]
 
 
-def prepare_sqlite(connection, _):
-    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
 # ---- The watch: once a second, what is new in the runs, and what can't be undone any more ----------------------------
 def look(store: Store, args: Args) -> None:
     """Look at every run of people, take up its new pairs and answers."""
@@ -485,15 +483,11 @@ def look_into(store: Store, run: Run, args: Args) -> None:
             pair, key = store.pairs[run.name, number], (run.name, number)
             if sums and not pair.sums:
                 shares = {"repeat": args.repeat_frac, "overlap": args.overlap_frac}
-                pair.sums, pair.due = sums, {kind for kind, share in shares.items() if is_due(key, kind, share)}
+                draws = {kind: random.Random(f"{kind} {key}").random() for kind in shares}  # the same at every start
+                pair.sums, pair.due = sums, {kind for kind, share in shares.items() if draws[kind] < share}
                 store.shown.append((key, pair))
             if sums or number in run.lines:
                 run.seen.add(number)
-
-
-def is_due(key: tuple, kind: str, share: float) -> bool:
-    """Whether a pair is one of those that are shown again; the same after every start."""
-    return int.from_bytes(hashlib.sha256(f"{kind} {key}".encode()).digest()[:4]) < share * 2**32
 
 
 def settle(store: Store, run: Run) -> None:
@@ -519,14 +513,14 @@ def settle(store: Store, run: Run) -> None:
 def take_in(store: Store, run: Run) -> None:
     """Read what is new in answers.jsonl; the first line of a pair counts. The log may lack some: it was removed, or
     somebody else wrote them."""
-    rows, run.position = read_lines(run.answers, run.position)
-    news = []
+    rows, position = read_lines(run.answers, run.position)
+    lines, news = {}, []
     for line in rows:
         number, mu = line.get("pair"), line.get("mu", "")
         is_answer = type(number) is int and isinstance(mu, float | int | None) and mu in SAID
-        if not is_answer or number in run.lines:
+        if not is_answer or number in run.lines or number in lines:
             continue
-        run.lines[number] = line
+        lines[number] = line
         if line.get("loaded"):  # of another run
             continue
         pair, answer = store.pairs[run.name, number], str(line.get("id", f"{run.name}/{number}"))
@@ -543,6 +537,8 @@ def take_in(store: Store, run: Run) -> None:
         news.append(row | {"counted": True, "seconds": line["seconds"] if is_number(line.get("seconds")) else None})
     if news:
         store.write(*news)
+    run.lines |= lines  # not before the log has them: they are read again
+    run.position = position
 
 
 def is_number(x) -> bool:
@@ -637,15 +633,11 @@ def claim(store: Store, body: "ClaimBody") -> Serving | None:
     return store.servings[row["id"]]
 
 
-def let_go(store: Store, body: "ClaimBody") -> None:
-    for one in filter(None, map(store.servings.get, body.left)):
-        if one.who == body.labeller:
-            one.leased = min(one.leased, store.clock())
-
-
 def renew(store: Store, body: "ClaimBody") -> list[str]:
-    """Prolong the leases of the pairs that a page has; those that it must drop."""
+    """End the leases of the pairs that a page left, prolong those of the pairs that it has; those that it must drop."""
     now, runs, kept = store.clock(), {run.name for run in store.served()}, set()
+    for one in filter(None, map(store.servings.get, body.left)):
+        one.leased = min(one.leased, now) if one.who == body.labeller else one.leased
     for one in filter(None, map(store.servings.get, body.held)):
         pair = store.pairs[one.run, one.pair]
         is_taken = any(other.leased > now and not other.answer for other in pair.servings if other is not one)
@@ -720,11 +712,11 @@ def set_mark(store: Store, name: str, mark: str, on: bool) -> None:
 # ---- Progress: what the page tells people ----------------------------------------------------------------------------
 def seconds_until(store: Store, run: Run, name: str, goal: float) -> float:
     """When a number of status.json reaches its goal, at the pace of this phase; infinity if that can't be told."""
-    if len(run.history) < 2 or run.status.wanted is not None:
+    numbers = [(at, getattr(status, name)) for at, status in run.history]
+    if len(numbers) < 2 or None in (numbers[0][1], numbers[-1][1]) or run.status.wanted is not None:
         return math.inf
-    (since, first), (at, last) = run.history[0], run.history[-1]
-    done, left = getattr(last, name) - getattr(first, name), goal - getattr(last, name)
-    return max(0.0, at + left * (at - since) / done - store.clock()) if done > 0 else math.inf
+    (since, first), (at, last) = numbers[0], numbers[-1]
+    return max(0.0, at + (goal - last) * (at - since) / (last - first) - store.clock()) if last > first else math.inf
 
 
 def about(seconds: float) -> str:
@@ -785,15 +777,6 @@ def describe_wait(store: Store, who: str, name: str | None) -> dict:
 
 
 # ---- Statistics ------------------------------------------------------------------------------------------------------
-def binomial_interval(k: int, n: int) -> tuple[float, float] | None:
-    """Wilson's 95 % interval, which stays inside [0, 1] and is right for few answers too."""
-    if not n:
-        return None
-    z, p = 1.959964, k / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-
-
 def cohen_kappa(pairs: list[tuple[str, str]]) -> float | None:
     """Agreement of two raters beyond what their own habits would give by chance: 1 is perfect, 0 chance."""
     if not pairs:
@@ -805,8 +788,7 @@ def cohen_kappa(pairs: list[tuple[str, str]]) -> float | None:
 
 
 def share(found: list[bool]) -> dict:
-    k, n = sum(found), len(found)
-    return {"k": k, "n": n, "share": k / n if n else None, "interval": binomial_interval(k, n)}
+    return {"k": sum(found), "n": len(found), "share": sum(found) / len(found) if found else None}
 
 
 def is_right(one: Serving) -> bool | None:
@@ -825,6 +807,7 @@ def summarise(answers: list[Serving], twice: list[tuple]) -> dict:
     repeats = [a.said == b.said for a, b in twice if a.who == b.who and a in mine]
     others = [(a, b) if a in mine else (b, a) for a, b in twice if a.who != b.who and mine & {a, b}]
     opinions = [(a.said, b.said) for a, b in others if "cant-tell" not in (a.said, b.said)]
+    lefts = [(one.said == "second") == one.swapped for one in answers if one.said in ("first", "second")]
     seconds = [one.seconds for one in answers if one.seconds is not None]
     return {
         "answers": len(answers),
@@ -832,9 +815,7 @@ def summarise(answers: list[Serving], twice: list[tuple]) -> dict:
         "seconds": median(seconds) if seconds else None,
         "equal": share([one == "equal" for one in said]),
         "can't tell": share([one == "cant-tell" for one in said]),
-        "chose left": share(
-            [(one.said == "second") == one.swapped for one in answers if one.said in ("first", "second")]
-        ),
+        "chose left": share(lefts),
         "same again": share(repeats),
         "agree": share([a == b for a, b in opinions]),
         "κ": cohen_kappa(opinions) if len(opinions) >= 20 else None,
@@ -848,8 +829,11 @@ def warn(store: Store, stats: dict, answers: list[Serving]) -> list[str]:
     shortest = min((clip["frames"] / clip["fps"] for clip in clips), default=0)
     is_fast = len(answers) >= 10 and stats["seconds"] is not None and stats["seconds"] < shortest
     warnings = ["faster than a clip"] if is_fast else []
-    rates = {name: stats[name] for name in ("as true sums", "same again", "agree") if stats[name]["n"] >= 20}
-    return warnings + [f"{name}: near chance" for name, rate in rates.items() if rate["interval"][0] <= 0.5]
+    for name in ("as true sums", "same again", "agree"):
+        k, n = stats[name]["k"], stats[name]["n"]
+        if n >= 20 and k < n / 2 + math.sqrt(n):  # two standard deviations of guessing
+            warnings.append(f"{name}: near chance")
+    return warnings
 
 
 def statistics(store: Store) -> dict:
@@ -863,24 +847,13 @@ def statistics(store: Store) -> dict:
         mine = [one for one in answers if one.who == who]
         stats = summarise(mine, twice)
         here = store.clock() - store.here.get(who, -math.inf) < LEASE
-        marks = {
-            "labeller": who,
-            "here": here,
-            "barred": ("barred", who) in store.marks,
-            "warnings": warn(store, stats, mine),
-        }
-        people.append(marks | {"trained": sum(one.counted for one in mine), "habits": stats})
+        marks = {"labeller": who, "here": here, "barred": ("barred", who) in store.marks, "habits": stats}
+        people.append(marks | {"trained": sum(one.counted for one in mine), "warnings": warn(store, stats, mine)})
     for run in store.runs.values():
-        of_run = {
-            name: getattr(run, name) for name in ("name", "env_id", "script", "labels", "live", "finished", "clip")
-        }
+        of_run = {name: getattr(run, name) for name in ("name", "env_id", "labels", "live", "finished", "clip")}
         of_run |= {mark: (mark, run.name) in store.marks for mark in ("paused", "archived")}
-        of_run |= {
-            "open": count_open(store, [run]),
-            "used": count_labels(store, run),
-            "status": run.status.model_dump(),
-        }
-        runs.append(of_run | {"habits": summarise([one for one in answers if one.run == run.name], twice)})
+        of_run |= {"open": count_open(store, [run]), "used": count_labels(store, run)}
+        runs.append(of_run | {"status": run.status.model_dump()})
     doubts = [("against the true sums", [one]) for one in answers if is_right(one) is False]
     for a, b in twice:
         if a.who == b.who and a.said != b.said:
@@ -904,25 +877,16 @@ def export(store: Store) -> list[dict]:
     """The journal: a row for every answer, and one for every undoing of an answer."""
     rows, given = [], {}
     for row in store.read():
-        if row["kind"] in ("answer", "undo"):
-            answer = given.setdefault(row.get("answer", row.get("id")), row)
-            one = store.servings[answer["serving"]]
-            found = {
-                "kind": row["kind"],
-                "id": answer["id"],
-                "serving": one.id,
-                "answer": answer["said"],
-                "mu": MU[answer["said"]],
-            }
-            found |= {
-                "stands": row["kind"] == "answer" and one.answer == row["id"],
-                "labeller": one.who,
-                "run": one.run,
-            }
-            found |= {"pair": one.pair, "shown": one.shown, "swapped": one.swapped, "late": answer["late"]}
-            found |= {"counted": one.counted if one.answer == answer["id"] else answer["counted"]}
-            found |= {"seconds": answer["seconds"], "barred": ("barred", one.who) in store.marks, "time": row["time"]}
-            rows.append(found | dict(zip(("sum_first", "sum_second"), one.sums or (None, None), strict=True)))
+        if row["kind"] not in ("answer", "undo"):
+            continue
+        answer = given.setdefault(row.get("answer", row.get("id")), row)
+        one = store.servings[answer["serving"]]
+        stands, (first, second) = row["kind"] == "answer" and one.answer == row["id"], one.sums or (None, None)
+        found = {"kind": row["kind"], "labeller": one.who, "answer": answer["said"], "mu": MU[answer["said"]]}
+        found |= {"stands": stands, "counted": stands and one.counted, "barred": ("barred", one.who) in store.marks}
+        found |= {name: answer[name] for name in ("id", "serving", "late", "seconds")} | {"time": row["time"]}
+        found |= {name: getattr(one, name) for name in ("run", "pair", "shown", "swapped")}
+        rows.append(found | {"sum_first": first, "sum_second": second})
     return rows
 
 
@@ -1095,9 +1059,8 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     def claim_(request: Request, body: ClaimBody):
         """Keep the pairs that a page has, give it another one if it wants one, and tell it how things stand."""
         with store.lock:
-            if body.labeller:
+            if body.labeller and (body.want or body.held):  # a page that is looked at
                 store.here[body.labeller] = store.clock()
-            let_go(store, body)
             gone, one = renew(store, body), claim(store, body) if body.want and body.labeller else None
             told = {"pair": describe(one, request.state.is_robot) if one else None, "gone": gone, "runs": {}}
             for run in store.served(body.run):
@@ -1342,7 +1305,8 @@ const hex = (byte) => byte.toString(16).padStart(2, "0");
 const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map(hex).join("");
 
 // The state of the page: what render draws
-let labeller = "", problem = "", offline = false;
+let labeller = "", offline = false;
+let problem = null;  // that ends it: the name of the state, and words
 let told = {runs: {}};  // how things stand, as the server said last
 let held = [], undoable = [];  // pairs and their pictures: of held the first is on screen, the others follow
 let shown = null, shownAt = 0, touchedAt = 0;
@@ -1402,15 +1366,9 @@ function present() {
 }
 
 // Words -------------------------------------------------------------------------------------------------------------
-const NOTICES = {
-  stranger: "Please open the link that you were given: this page needs its token.",
-  blocked: "Your browser keeps no data of this page. Please allow cookies and site data for this address, and load it "
-    + "again.",
-};
-
 function render() {
   const run = shown && told.runs[shown.pair.run], {films = [], clip, runs} = told;
-  document.body.dataset.state = problem || (!labeller ? "name" : shown ? "label" : "waiting");
+  document.body.dataset.state = problem?.[0] || (!labeller ? "name" : shown ? "label" : "waiting");
   document.body.dataset.serving = shown?.pair.serving || "";
   document.title = document.hidden && Object.values(runs).some(({open}) => open) ? "● Clips are here"
     : "Which clip is better?";
@@ -1424,7 +1382,7 @@ function render() {
   [bar.max, bar.value] = [run?.labels || 1, run?.used || 0];
   $("budget").textContent = run ? `${run.used} of ${run.labels} labels, ${run.yours} by you` : "";
   const [words, parent] = $("notice").children;
-  words.textContent = NOTICES[problem]
+  words.textContent = problem?.[1]
     || (offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
     : held.length ? "Two clips are on their way to you." : told.notice);
   if (parent.dataset.films === films.join()) return;
@@ -1498,7 +1456,7 @@ async function converse() {
     if (unkept) say("Please leave this page open: your last answers are neither sent nor kept yet.");
   }
   present();
-  timer = setTimeout(talk, offline ? 3000 : held.length ? 10_000 : 1000);
+  timer = setTimeout(talk, offline ? 3000 : held.length || problem ? 10_000 : 1000);
 }
 
 async function sendAnswers() {
@@ -1522,12 +1480,13 @@ async function claim() {
   const have = away ? [] : held.map(({pair}) => pair.serving), want = !away && held.length <= AHEAD;
   const reply = await post("api/claim", {labeller: asked, held: have, want, run: link});
   if (await refusal(reply, 401, 403)) {
-    [problem, held, undoable] = ["stranger", [], []];
+    problem = ["stranger", "Please open the link that you were given: this page needs its token."];
+    [held, undoable] = [[], []];
     return;
   }
   if (!reply.ok) throw new Error(reply.status);
   const {pair, gone, ...news} = await reply.json();
-  told = news;
+  [problem, told] = [null, news];
   held = held.filter(({pair}) => !gone.includes(pair.serving));
   if (!pair || labeller !== asked) return;  // of the name before: the server would refuse the answer
   again = true;
@@ -1655,7 +1614,8 @@ async function start() {
     sessionStorage.removeItem("page");
     if (session?.labeller === labeller) undoable = session.undoable;
   } catch {
-    problem = "blocked";
+    problem = ["blocked", "Your browser keeps no data of this page. Please allow cookies and site data for this "
+      + "address, and load it again."];
     return render();
   }
   requestAnimationFrame(tick);
@@ -1684,15 +1644,14 @@ function table(parent, head, rows) {
     more?.(put(first, "div"));
     for (const x of Object.values(habits)) {
       const cell = put(line, "td", x?.n === undefined ? x === null ? "–" : Math.round(10 * x) / 10 : percent(x.share));
-      if (x?.n) put(cell, "small", ` ${x.interval.map((end) => Math.round(100 * end)).join("–")}, n ${x.n}`);
+      if (x?.n) put(cell, "small", ` of ${x.n}`);
     }
   }
 }
 
-// A button that asks before it marks a person or a run, or takes the mark away
-function button(parent, name, mark, isOn, [text, question]) {
+// A button that marks a person or a run, or takes the mark away
+function button(parent, name, mark, isOn, text) {
   put(parent, "button", text).onclick = async () => {
-    if (!confirm(question)) return;
     const reply = await post("api/marks", {name, mark, on: !isOn}).catch(() => null);
     if (!reply?.ok) alert("The server did not take this; try again.");
     refresh();
@@ -1705,8 +1664,7 @@ function person(stats, total) {
     const words = [percent(total ? trained / total : null), here && "here now", barred && "barred"];
     put(cell, "small", words.filter(Boolean).join(", ") + " ");
     for (const warning of warnings) put(cell, "small", `${warning} `, {class: "warn"});
-    button(cell, who, "barred", barred, barred ? ["let in again", `Let answers of ${who} train again?`]
-      : ["bar", `Bar ${who}? Answers from now on train nothing, and are marked.`]);
+    button(cell, who, "barred", barred, barred ? "let in again" : "bar");
   }];
 }
 
@@ -1714,17 +1672,14 @@ function describeRun(run) {
   const {name, paused, archived, status} = run;
   const state = archived ? "archived" : run.finished ? "finished" : !run.live ? "not running"
     : paused ? "paused" : status.phase;
-  const due = status.wanted === null ? `${status.labels_due} labels due` : `waits for ${status.wanted} labels`;
+  const due = status.wanted === null ? `${status.labels_due ?? 0} labels due` : `waits for ${status.wanted} labels`;
   put(main, "h2", `${run.env_id}: ${run.used} of ${run.labels} labels, ${state}`);
-  const line = put(main, "p", `${name} (${run.script}), ${run.open} pairs open, ${due}; step `
+  const line = put(main, "p", `${name}, ${run.open} pairs open, ${due}; step `
     + `${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}; held-out accuracy of the `
     + `reward model: ${percent(status.accuracy_heldout)} `);
   put(line, "a", "link of this run", {href: `./?run=${encodeURIComponent(name)}`});
-  button(line, name, "paused", paused, paused ? ["go on", "Show its pairs again?"]
-    : ["pause", "Show its pairs to nobody for now?"]);
-  button(line, name, "archived", archived, archived ? ["take back", "Show this run again?"]
-    : ["archive", "Put this run away?"]);
-  if (!archived) table(main, "run", [[run.env_id, run.habits]]);
+  button(line, name, "paused", paused, paused ? "go on" : "pause");
+  button(line, name, "archived", archived, archived ? "take back" : "archive");
 }
 
 // The clips behind a doubtful answer are fetched when somebody wants to see them
@@ -1757,9 +1712,8 @@ async function refresh() {
   before = text;
   main.replaceChildren();
   put(main, "h1", "Labels");
-  const legend = put(main, "p", "Small: 95 % interval in per cent, and number of answers. Same again: one person, "
-    + "the same pair twice. Agree, κ (from 20 pairs on): one pair, two people. As true sums: decisive answers where "
-    + "the sums are known. Below a name: that person's share of the labels. ");
+  const legend = put(main, "p", "Same again: one person, the same pair twice. Agree, κ (from 20 pairs on): one pair, "
+    + "two people. As true sums: decisive answers where the sums are known. Below a name: their share of the labels. ");
   put(legend, "a", "all answers (JSON lines)", {href: "export.jsonl"});
   put(legend, "a", "those that stand (CSV)", {href: "export.csv"});
   const total = labellers.reduce((sum, stats) => sum + stats.trained, 0);

@@ -24,7 +24,6 @@ import csv
 import errno
 import fcntl
 import hashlib
-import hmac
 import io
 import json
 import math
@@ -37,14 +36,11 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import sqlalchemy as sa
@@ -345,7 +341,7 @@ class Store:
     the power. `wall` is for the record only.
     """
 
-    def __init__(self, runs_dir: Path, clock: Callable[[], float] = time.monotonic, wall=time.time):
+    def __init__(self, runs_dir: Path, clock=time.monotonic, wall=time.time):
         self.runs_dir, self.clock, self.wall = runs_dir.expanduser(), clock, wall
         self.lock, self.runs, self.others, self.told_of = threading.Lock(), {}, set(), set()
         self.pairs, self.servings, self.answers = defaultdict(Pair), {}, {}  # the last by the ids of all answers
@@ -737,8 +733,8 @@ def wait_for(store: Store, run: Run) -> tuple[float, str]:
     then = f"The next clips come {about(seconds)}." if seconds < math.inf else "This page goes on by itself."
     if used >= run.labels:
         seconds = seconds_until(store, run, "global_step", status.total_timesteps)
-        end = f" {about(seconds)}" if seconds < math.inf else ""
-        return seconds, f"All {run.labels} labels are in. Thank you! The agent ends its training{end}."
+        end = f"Its training ends {about(seconds)}." if seconds < math.inf else "It trains on with them to the end."
+        return seconds, f"All {run.labels} labels that the agent asked for are in. Thank you! {end}"
     if count:
         whose = "The only open pair is" if count == 1 else f"All {count} open pairs are"
         return seconds, f"{whose} with others at the moment. {then}"
@@ -812,7 +808,7 @@ def summarise(answers: list[Serving], twice: list[tuple]) -> dict:
     return {
         "answers": len(answers),
         "a minute": 60 * len(gaps) / sum(gaps) if sum(gaps) else None,
-        "seconds": median(seconds) if seconds else None,
+        "seconds": float(np.median(seconds)) if seconds else None,
         "equal": share([one == "equal" for one in said]),
         "can't tell": share([one == "cant-tell" for one in said]),
         "chose left": share(lefts),
@@ -948,12 +944,12 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     if args.host not in ("localhost", "::1") and not args.host.startswith("127."):
         hosts = None  # it is open to the network
     if hosts and args.public_url:
-        hosts.add(re.sub(r":\d+$", "", urlsplit(args.public_url).netloc).lower())  # as browsers send it
+        hosts.add(re.sub(r"^https?://|(:\d+)?(/.*)?$", "", args.public_url).lower())  # as browsers send it
     stopping = threading.Event()
 
     def role_of(token: str) -> str | None:
         digest = hashlib.sha256(token.strip().encode(errors="surrogatepass")).digest()
-        return next((role for role, known in digests.items() if hmac.compare_digest(known, digest)), None)
+        return next((role for role, known in digests.items() if secrets.compare_digest(known, digest)), None)
 
     def watch() -> None:
         while not stopping.wait(1.0):
@@ -1037,7 +1033,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
         only = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         only += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         is_study = request.url.path == "/stats"
-        body, script = (STATS_BODY, STATS_SCRIPT) if is_study else (LABEL_BODY, LABEL_SCRIPT)
+        body, script = ('<body class="stats"><main></main>', STATS_SCRIPT) if is_study else (LABEL_BODY, LABEL_SCRIPT)
         html = PAGE.replace("NONCE", nonce).format(style=STYLE, body=body, script=SHARED_SCRIPT + script)
         status = 401 if role is None else 403 if is_study and role != "admin" else 200
         reply = HTMLResponse(html, status, {"content-security-policy": only})
@@ -1624,8 +1620,6 @@ async function start() {
 }
 start();
 """
-STATS_BODY = """<body class="stats"><main></main>
-"""
 STATS_SCRIPT = r"""
 const main = document.querySelector("main");
 function put(parent, name, text, attributes = {}) {
@@ -1636,19 +1630,6 @@ function put(parent, name, text, attributes = {}) {
 }
 const percent = (x) => x === null ? "–" : `${Math.round(100 * x)} %`;
 
-function table(parent, head, rows) {
-  const element = put(put(parent, "div", undefined, {class: "wide"}), "table"), line = put(element, "tr");
-  for (const title of [head, ...Object.keys(rows[0][1])]) put(line, "th", title);
-  for (const [name, habits, more] of rows) {
-    const line = put(element, "tr"), first = put(line, "td", name, {title: name});
-    more?.(put(first, "div"));
-    for (const x of Object.values(habits)) {
-      const cell = put(line, "td", x?.n === undefined ? x === null ? "–" : Math.round(10 * x) / 10 : percent(x.share));
-      if (x?.n) put(cell, "small", ` of ${x.n}`);
-    }
-  }
-}
-
 // A button that marks a person or a run, or takes the mark away
 function button(parent, name, mark, isOn, text) {
   put(parent, "button", text).onclick = async () => {
@@ -1658,14 +1639,23 @@ function button(parent, name, mark, isOn, text) {
   };
 }
 
-function person(stats, total) {
-  return [stats.labeller, stats.habits, (cell) => {
-    const {labeller: who, here, barred, trained, warnings} = stats;
+function describePeople(all, labellers) {
+  const table = put(put(main, "div", undefined, {class: "wide"}), "table"), head = put(table, "tr");
+  for (const title of ["people", ...Object.keys(all)]) put(head, "th", title);
+  const total = labellers.reduce((sum, {trained}) => sum + trained, 0);
+  for (const {labeller, habits, here, barred, trained, warnings} of [{labeller: "all", habits: all}, ...labellers]) {
+    const line = put(table, "tr"), first = put(line, "td", labeller, {title: labeller});
+    for (const x of Object.values(habits)) {
+      const cell = put(line, "td", x?.n === undefined ? x === null ? "–" : Math.round(10 * x) / 10 : percent(x.share));
+      if (x?.n) put(cell, "small", ` of ${x.n}`);
+    }
+    if (!warnings) continue;
     const words = [percent(total ? trained / total : null), here && "here now", barred && "barred"];
-    put(cell, "small", words.filter(Boolean).join(", ") + " ");
-    for (const warning of warnings) put(cell, "small", `${warning} `, {class: "warn"});
-    button(cell, who, "barred", barred, barred ? "let in again" : "bar");
-  }];
+    const more = put(first, "div");
+    put(more, "small", words.filter(Boolean).join(", ") + " ");
+    for (const warning of warnings) put(more, "small", `${warning} `, {class: "warn"});
+    button(more, labeller, "barred", barred, barred ? "let in again" : "bar");
+  }
 }
 
 function describeRun(run) {
@@ -1683,23 +1673,19 @@ function describeRun(run) {
 }
 
 // The clips behind a doubtful answer are fetched when somebody wants to see them
-const opened = new Set();
 function describeDoubt({why, run, pair, said, sums}, {clip}) {
   const words = {first: "the first", second: "the second", equal: "equal", "cant-tell": "can't tell"};
-  const key = `${run}/${pair}/${why}/${said.join()}`, details = put(main, "details");
+  const details = put(main, "details");
   put(details, "summary", `${why}: ${said.map(([who, what]) => `${who}: ${words[what]}`).join(", ")}`);
   const films = put(details, "div", undefined, {class: "films"});
   details.ontoggle = () => {
-    opened[details.open ? "add" : "delete"](key);
     if (!details.open || films.firstChild) return;
     const urls = [0, 1].map((side) => `api/clips/${encodeURIComponent(run)}/${pair}/${side}`);
     const sum = (side) => typeof sums?.[side] === "number" ? `, true sum ${sums[side].toFixed(2)}` : "";
     showFilms(films, urls, ["the first" + sum(0), "the second" + sum(1)], clip);
   };
-  details.open = opened.has(key);
 }
 
-let before = "";
 async function refresh() {
   const reply = await ask("api/stats").catch(() => null);
   if (!reply?.ok) {
@@ -1707,23 +1693,20 @@ async function refresh() {
       : "The server can't be reached.";
     return;
   }
-  const text = await reply.text(), {all, labellers, runs, doubts} = JSON.parse(text);
-  if (text === before) return;
-  before = text;
+  const {all, labellers, runs, doubts} = await reply.json();
   main.replaceChildren();
   put(main, "h1", "Labels");
   const legend = put(main, "p", "Same again: one person, the same pair twice. Agree, κ (from 20 pairs on): one pair, "
     + "two people. As true sums: decisive answers where the sums are known. Below a name: their share of the labels. ");
   put(legend, "a", "all answers (JSON lines)", {href: "export.jsonl"});
   put(legend, "a", "those that stand (CSV)", {href: "export.csv"});
-  const total = labellers.reduce((sum, stats) => sum + stats.trained, 0);
-  table(main, "people", [["all", all], ...labellers.map((stats) => person(stats, total))]);
+  describePeople(all, labellers);
   runs.reverse().forEach(describeRun);
   if (doubts.length) put(main, "h2", "Answers to look at");
   for (const doubt of doubts) describeDoubt(doubt, runs.find(({name}) => name === doubt.run));
 }
 refresh();
-setInterval(() => document.hidden || refresh(), 10_000);
+setInterval(() => document.hidden || document.querySelector("details[open]") || refresh(), 10_000);
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Which clip is better?</title><link rel="icon" href="data:,">

@@ -3,7 +3,7 @@
     python benchmarks/label_server_load.py                    # writes label_server_load.csv beside it
 
 Each person keeps a connection, claims a pair while the one before is on the screen, fetches its two clips, thinks,
-answers, and asks how things stand as the page does; a trainer, which only writes files, keeps pairs open. Ends with
+answers, and asks for progress as the page does; a trainer, which only writes files, keeps pairs open. Ends with
 exit code 1 on any error.
 """
 
@@ -89,7 +89,7 @@ def main():
                 return
             body = {"id": uuid.uuid4().hex, "serving": pair["serving"], "labeller": name, "seconds": seconds}
             call("answer", "POST", "/api/answers", body | {"answer": rng.choice(["left", "right", "equal"])})
-            call("told", "POST", "/api/claim", {"labeller": name, "want": False})
+            call("progress", "POST", "/api/claim", {"labeller": name, "want": False})
 
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
@@ -113,7 +113,7 @@ def main():
             trainer.wait()
 
     row = {"people": args.people, "think_seconds": args.think, "seconds": args.seconds, "errors": len(errors)}
-    for kind in ("claim", "answer", "clip", "told"):
+    for kind in ("claim", "answer", "clip", "progress"):
         took = 1000 * np.array(times[kind])
         row |= {f"{kind}_n": len(took), f"{kind}_p50_ms": round(np.median(took), 1)}
         row |= {f"{kind}_p95_ms": round(np.quantile(took, 0.95), 1), f"{kind}_max_ms": round(took.max(), 1)}

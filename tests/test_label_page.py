@@ -699,6 +699,7 @@ def test_keys_go_by_position_where_the_layout_has_no_latin_letters(world, visit)
     one.next(before)
     one.do(lambda: one.page.evaluate(press, ["γ", "KeyD"]))
     one.page.evaluate(press, ["ы", "KeyS"])
+    one.wait()
     assert one.page.inner_text("#speed").split()[-1] == "2×"
     one.wait()
     one.page.wait_for_timeout(300)

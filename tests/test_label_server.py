@@ -741,9 +741,9 @@ def test_every_waiting_text_is_true(world):
     assert told() == "The only open pair is with others at the moment. The next clips come in about 60 seconds."
     assert told(wanted=3, labels_due=None).endswith("with others at the moment. This page goes on by itself.")
     run.told["labels"] = 1
-    assert told(wanted=None, global_step=20) == "All 1 labels are in. Thank you! The agent ends its training."
-    end = told(10.0, global_step=60)
-    assert end == "All 1 labels are in. Thank you! The agent ends its training in about 4 minutes."
+    thanks = "All 1 labels that the agent asked for are in. Thank you! "
+    assert told(wanted=None, global_step=20) == thanks + "It trains on with them to the end."
+    assert told(10.0, global_step=60) == thanks + "Its training ends in about 4 minutes."
     run.stop()
     assert told() == "The training program is not running at the moment. This page goes on by itself when it is."
     assert told(phase="finished") == "The run is over: 1 of 1 labels were used, 0 of them yours. Thank you!"
@@ -916,7 +916,7 @@ def test_every_path_needs_its_role(world):
 
 def test_tokens_are_compared_as_hashes_in_constant_time(world, monkeypatch):
     seen = []
-    monkeypatch.setattr(label_server.hmac, "compare_digest", lambda a, b: seen.append((a, b)) or a == b)
+    monkeypatch.setattr(label_server.secrets, "compare_digest", lambda a, b: seen.append((a, b)) or a == b)
     world.call("GET", "/api/stats", role="admin")
     assert seen
     assert all(len(digest) == 32 for pair in seen for digest in pair)

@@ -344,7 +344,7 @@ class Store:
     def __init__(self, runs_dir: Path, clock=time.monotonic, wall=time.time):
         self.runs_dir, self.clock, self.wall = runs_dir.expanduser(), clock, wall
         self.lock, self.runs, self.others, self.told_of = threading.Lock(), {}, set(), set()
-        self.pairs, self.servings, self.answers = defaultdict(Pair), {}, {}  # the last by the ids of all answers
+        self.pairs, self.servings, self.answers = defaultdict(Pair), {}, {}  # the last by the id of each answer
         self.shown = []  # pairs whose files were seen whole, and their keys, oldest first
         self.pending, self.here = [], {}  # servings whose answer can still be undone; when people were here last
         self.marks, self.turns = set(), Counter()  # (what, whose); answers of each person
@@ -418,6 +418,8 @@ class Store:
                 (self.marks.add if row["on"] else self.marks.discard)((row["mark"], row["name"]))
                 for one in map(self.answers.get, row["dropped"]):
                     self.forget(one)
+            case other:
+                raise ValueError(f"it holds rows of another version ({other})")
 
     def forget(self, one: Serving) -> None:
         """Its answer trains no more."""
@@ -1130,13 +1132,13 @@ button { cursor: pointer; touch-action: manipulation; -webkit-tap-highlight-colo
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 kbd { font: inherit; font-size: .85em; color: var(--soft); border: 1px solid var(--line); border-radius: 5px;
   padding: 1px 6px; background: var(--ground); }
-progress { width: 5em; height: 8px; accent-color: var(--accent); }
+progress { width: 5em; height: 8px; vertical-align: middle; accent-color: var(--accent); }
 [hidden] { display: none !important; }
 .label { height: 100dvh; padding: var(--gap) calc(1.4 * var(--gap)); display: grid; gap: var(--gap); overflow: hidden;
   grid-template: auto 1fr auto auto / minmax(0, 1fr); user-select: none; -webkit-user-select: none; }
 header { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 18px; color: var(--soft); }
 header :is(#question, button) { overflow: hidden; text-overflow: ellipsis; }
-header button { max-width: 12em; }
+#who { max-width: 12em; margin-left: auto; }
 #question { color: var(--text); font-size: 1.15em; font-weight: 600; margin-right: auto; }
 header :empty:not(progress) { display: none; }
 main { position: relative; display: grid; grid: 1fr / 1fr 1fr; gap: var(--gap); min-height: 0; }

@@ -1281,6 +1281,12 @@ def test_a_database_of_another_version_is_refused_and_kept(capsys, tmp_path):
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("other",)]
 
 
+def test_a_log_of_another_version_is_refused(capsys, tmp_path):
+    with contextlib.closing(World(tmp_path)) as world, world.store.engine.begin() as conn:
+        conn.execute(label_server.log.insert(), [{"row": {"kind": "person", "who": "Ann", "barred": True}}])
+    assert "another version (person); move it away" in fails(capsys, "--port", "0", "--runs-dir", str(tmp_path))
+
+
 def test_what_a_start_prints_and_leaves(tmp_path):
     server = Server(tmp_path)
     try:

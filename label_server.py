@@ -798,8 +798,8 @@ def is_right(one: Serving) -> bool | None:
 
 
 def summarise(answers: list[Serving], twice: list[tuple]) -> dict:
-    """Of one person, one run, or all: habits, consistency, agreement with others and with the true sums. `twice`:
-    answers to the same pair."""
+    """Of one person, or all: habits, consistency, agreement with others and with the true sums. `twice`: two answers to
+    the same pair."""
     mine, said = set(answers), [one.said for one in answers]
     gaps = [b.answered - a.answered for a, b in pairwise(answers) if 0 <= b.answered - a.answered < 60]  # no breaks
     repeats = [a.said == b.said for a, b in twice if a.who == b.who and a in mine]

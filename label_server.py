@@ -57,7 +57,7 @@ GRACE = 15.0  # seconds in which an answer can be undone, unless the same person
 YOUNG = 60.0  # seconds for which a status.json proves that its trainer lives
 REPEAT_GAP = 20  # answers between a pair and its repetition
 MOST_HELD = 12  # pairs that one name may hold, in all its tabs
-QUERY_BATCH = 16  # pairs that a trainer asks about at once, or a tenth of all that it asks about while it trains
+QUERY_BATCH = 16  # a trainer asks as soon as so many labels are due
 BODY_BYTES = 64 * 2**10
 MU = {"first": 1.0, "second": 0.0, "equal": 0.5, "cant-tell": None}  # the probability that the first clip is preferred
 SAID = {mu: answer for answer, mu in MU.items()}
@@ -730,8 +730,7 @@ def about(seconds: float) -> str:
 def wait_for(store: Store, run: Run) -> tuple[float, str]:
     """Why a live run has nothing to compare: how long for, and in words."""
     used, count, status = count_labels(store, run), count_open(store, [run]), run.status
-    batch = max(1, min(QUERY_BATCH, run.labels * 3 // 40))
-    seconds = seconds_until(store, run, "labels_due", min(used + count + batch, run.labels))
+    seconds = seconds_until(store, run, "labels_due", min(used + count + QUERY_BATCH, run.labels))
     then = f"The next clips come {about(seconds)}." if seconds < math.inf else "This page goes on by itself."
     if used >= run.labels:
         seconds = seconds_until(store, run, "global_step", status.total_timesteps)

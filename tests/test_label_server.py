@@ -735,10 +735,10 @@ def test_every_waiting_text_is_true(world):
     assert told(phase="training", progress=None) == training.format(0) + "This page goes on by itself."  # resumed
     assert told(2.0, labels_due=1) == training.format(0) + "This page goes on by itself."
     assert told(60.0, labels_due=4, global_step=10) == training.format(1) + "The next clips come in about 4 minutes."
-    assert told(200.0) == training.format(1) + "The next clips come in about 40 seconds."  # at 1 + 15, 3 a minute
+    assert told(200.0) == training.format(1) + "The next clips come in about 60 seconds."  # at 1 + 16, 3 a minute
     second = world.ask(run)
     world.claim("Ann")
-    assert told() == "The only open pair is with others at the moment. The next clips come in about 60 seconds."
+    assert told() == "The only open pair is with others at the moment. The next clips come in about 80 seconds."
     assert told(wanted=3, labels_due=None).endswith("with others at the moment. This page goes on by itself.")
     run.told["labels"] = 1
     thanks = "All 1 labels that the agent asked for are in. Thank you! "

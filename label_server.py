@@ -1393,7 +1393,7 @@ function say(text) {
 }
 
 const isTalking = () => $("hello").open || $("rules").open;
-function open(dialog) {
+function openDialog(dialog) {
   dialog.showModal();
   dialog.querySelector("input, button").focus({preventScroll: true});
   dialog.scrollTop = 0;
@@ -1410,12 +1410,12 @@ function showRules() {
     return item;
   }));
   keep(`read:${task}`, instructions);
-  open($("rules"));
+  openDialog($("rules"));
 }
 
 function sayHello() {
   $("hello").querySelector("input").value = labeller;
-  open($("hello"));
+  openDialog($("hello"));
 }
 
 $("rules").onclose = () => shownAt = performance.now();

@@ -135,10 +135,9 @@ def storm(server: Server, kills: int, rng: random.Random, pause: tuple[float, fl
             if not reply or not reply["counted"]:
                 continue
             standing[body["id"]] = pair["left"]
-            if rng.random() < 0.2:
-                undo = {"id": uuid.uuid4().hex, "labeller": name}
-                if server.insist("POST", f"/api/answers/{body['id']}/undo", undo):
-                    undone.add(body["id"])
+            undo = ("POST", f"/api/answers/{body['id']}/undo", {"labeller": name})
+            if rng.random() < 0.2 and server.insist(*undo):
+                undone.add(body["id"])
 
     threads = [threading.Thread(target=label, args=(f"writer {i}", random.Random(i))) for i in range(4)]
     for thread in threads:

@@ -3,8 +3,8 @@
     python benchmarks/label_server_load.py                    # writes label_server_load.csv beside it
 
 Each person keeps a connection, claims a pair while the one before is on the screen, fetches its two clips, thinks,
-answers, and asks for progress as the page does; a trainer, which only writes files, keeps pairs open. Ends with exit
-code 1 on any error.
+answers, and asks for progress as the page does; a trainer, which only writes files, keeps pairs open. Ends with
+exit code 1 on any error.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main():
                 return
             body = {"id": uuid.uuid4().hex, "serving": pair["serving"], "labeller": name, "seconds": seconds}
             call("answer", "POST", "/api/answers", body | {"answer": rng.choice(["left", "right", "equal"])})
-            call("progress", "GET", f"/api/progress?labeller={name.replace(' ', '%20')}")
+            call("progress", "POST", "/api/claim", {"labeller": name, "want": False})
 
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))

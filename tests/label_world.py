@@ -37,8 +37,8 @@ class Trainer:
         args = {"env_id": env_id, "human": True, "labels": labels, "segment_length": clip["frames"]}
         self.write("args.json", {"script": "ppo_mujoco_rlhf", "args": args, "clip": clip} | changes)
         self.told = {"phase": "initial", "progress": None, "global_step": 0, "total_timesteps": 1000}
-        self.told |= {"labels": labels, "labels_used": 0, "labels_due": 0, "wanted": None, "asked": 0}
-        self.told |= {"accuracy_heldout": None, "seconds_to_next_pairs": None}
+        self.told |= {"labels": labels, "labels_used": 0, "labels_due": None, "wanted": None, "asked": 0}
+        self.told |= {"accuracy_heldout": None}
         self.start()
 
     def write(self, name, found):
@@ -132,12 +132,16 @@ class World:
         body = {"id": id or new_id(), "serving": pair["serving"], "labeller": labeller, "answer": answer}
         return self.call("POST", "/api/answers", body | {"seconds": seconds}, "labeller", expect) | {"id": body["id"]}
 
-    def undo(self, answer, labeller="Ann", id=None, expect=200):
-        body = {"id": id or new_id(), "labeller": labeller}
-        return self.call("POST", f"/api/answers/{answer}/undo", body, "labeller", expect)
+    def undo(self, answer, labeller="Ann", expect=200):
+        return self.call("POST", f"/api/answers/{answer}/undo", {"labeller": labeller}, "labeller", expect)
 
-    def progress(self, labeller="Ann"):
-        return self.call("GET", f"/api/progress?labeller={labeller}")
+    def told(self, labeller="Ann", held=()):
+        """What the page of somebody who has these pairs hears."""
+        self.claim(labeller, held=held, want=False)
+        return self.claimed
+
+    def mark(self, name, mark, on=True):
+        self.call("POST", "/api/marks", {"name": name, "mark": mark, "on": on}, "admin", 204)
 
     def journal(self):
         return [json.loads(line) for line in self.call("GET", "/export.jsonl", role="admin").text.splitlines()]

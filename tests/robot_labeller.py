@@ -76,7 +76,7 @@ class Robot(threading.Thread):
                 continue
             last = self.answer(pair)
             if before and self.random.random() < self.undo:
-                body = {"id": uuid.uuid4().hex, "labeller": self.labeller}
+                body = {"labeller": self.labeller}
                 try:
                     again = json.loads(self.call("POST", f"/api/answers/{before}/undo", body))["pair"]
                 except RuntimeError:  # the agent has learned from it

@@ -4,16 +4,16 @@
 this plot, with the same numbers:
 
     1. roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
-    for each iteration
-        2. roll the policy out                              the agent never sees env_rewards, score, lives, ends
-        3. pay it: the ensemble's rewards, normalised       one model, one batch, just before the advantages
+    for each iteration (every reset_every of them: save, and seed environments and generators anew)
+        2. roll the policy out                              the agent never sees env_rewards, score, ends
+        3. pay it: the ensemble's rewards, normalised       one model for the whole rollout
         4. advantages, returns = compute_gae(...); update_policy
         5. when enough labels are due: ask about the most disputed pairs of segments from the recent pool
         6. update_reward_model on minibatches of the labels so far, then renew its statistics
-        7. log; every reset_every iterations save, and start anew from what was saved
+        7. log
 
 A pair is a file, preferences/<number>.npz in the run's directory; an answer is a line in answers.jsonl beside it. The
-oracle appends that line at once, label_server.py when somebody has looked. Nothing else knows who answers.
+oracle appends that line at once, label_server.py when somebody has looked.
 
     python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id Reacher-v5 --total-timesteps 100000   # a minute
     python ppo_mujoco_rlhf.py --oracle --labels 700    # Hopper, 5M steps: about 15 minutes on one CPU core
@@ -65,10 +65,10 @@ from gymnasium.envs.mujoco import MujocoEnv  # noqa: E402
 SCRIPT = Path(__file__).stem
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")  # whose versions a run records
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-QUERY_BATCH = 16  # ask as soon as so many labels are due
+QUERY_BATCH = 16  # ask when at least this many labels are missing
 QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
-OPEN_PAIRS = 100  # --human: while so many pairs wait for an answer, no more are asked
-REWARD_MINIBATCHES = 4  # update the reward model as soon as so many minibatches are due
+OPEN_PAIRS = 100  # --human: during the training at most this many pairs wait for an answer
+REWARD_MINIBATCHES = 4  # update the reward model when at least this many minibatches are due
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
 SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
@@ -115,11 +115,11 @@ class Args:
     human: bool = False  # reward learned from people's answers, through label_server.py
     true_reward: bool = False  # no reward learning: the baseline, paid by the task's reward
     seed: Seed = 1  # two runs with the same arguments end in the same parameters (on a CPU)
-    total_timesteps: Count = 5_000_000  # steps over all environments, in whole rollouts
+    total_timesteps: Count = 5_000_000  # steps over all environments after the initial phase, in whole rollouts
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", ...; these networks are too small for a GPU to gain
     threads: Count = 1  # of PyTorch on the CPU; these networks are too small to share
     runs_dir: str = "runs"  # where the run's own directory is made
-    resume: str | None = None  # go on with the run in this directory, with its arguments; exact to the bit on a CPU
+    resume: str | None = None  # go on with the run in this directory; with nothing else given exact to the bit on a CPU
     reset_every: Count = 100  # iterations after which a checkpoint is saved and all environments start anew
 
     # Environment
@@ -148,7 +148,7 @@ class Args:
     reward_learning_rate: Positive = 1e-3  # of the ensemble's Adam
     reward_minibatch_size: Count = 64  # pairs of clips per minibatch of the reward model
     pairs_per_step: Weight = 1 / 8  # label presentations per environment step
-    pretrain_pairs: Count = 50_000  # label presentations before the first policy update, at most
+    pretrain_pairs: Count = 50_000  # label presentations before the training, at most; rounds of 32 minibatches
     l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
     reward_std: Positive = 0.1  # of the reward that the policy is paid
 
@@ -195,12 +195,13 @@ def refuse(args: Args) -> None:
     sources = [run for run in (args.preferences, args.reward_model) if run]
     shown = 2 * args.clip_length * (args.labels - args.initial_labels)
     pool = 4 * QUERY_BATCH * args.clip_length + args.num_envs * (args.clip_length + args.num_steps)
-    refused = {
+    refused = {  # sentence: whether it applies
         "give exactly one of --oracle, --human and --true-reward": args.oracle + args.human + args.true_reward != 1,
         "--true-reward learns no reward": args.true_reward and (args.labels or taught or ablated or sources),
         "--human takes no --teacher-* and no --ablation target: people give answers": args.human and (taught or target),
         "--ablation target has true sums in place of answers: it takes no --teacher-*": target and taught,
-        "--reward-model takes --labels 0": args.reward_model and (args.labels or args.preferences or ablated),
+        "--reward-model takes --labels 0 and no --ablation": args.reward_model and (args.labels or ablated),
+        "give --preferences or --reward-model, not both": len(sources) == 2,
         "--labels 0 needs --preferences or --reward-model": not (args.labels or args.true_reward or sources),
         f"--labels {args.labels}: their clips have more steps than the run": shown > args.total_timesteps,
         f"--query-pool-steps must be {pool} at least for such clips": args.labels and args.query_pool_steps < pool,
@@ -535,8 +536,8 @@ class RewardEnsemble(nn.Module):
     def normalise(self, raw, reward_std: float) -> torch.Tensor:
         """(B, M) raw -> (B,) reward: each member normalised, then averaged, then scaled to reward_std (section 2.2.1).
 
-        The average of members that don't agree has less than unit std, 1 / sqrt(M) if they are independent; that much
-        is scaled back up. What is smaller still is the floor's doing: an uninformed model pays little.
+        The average of members that don't agree has less than unit std. Dividing by it undoes that, by sqrt(M) at most:
+        a smaller std comes from STD_FLOOR, and such a model should pay little.
         """
         average = ((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1)
         return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
@@ -545,8 +546,8 @@ class RewardEnsemble(nn.Module):
     def renew_statistics(self, x):
         """Mean and std of each member, and std of their average, over recent rows (B, ...).
 
-        Not smoothed: nothing in the loss holds a member's level, which wanders by half a std per update. A mean that
-        lags is an offset in the reward, and GAE turns that into a slope over each rollout.
+        Not smoothed: a constant added to a member changes no comparison, so its mean drifts, by half a std per update.
+        A mean that lags is an offset in the reward, and GAE turns that into a slope over each rollout.
         """
         raw = self.score(x)
         self.mean.copy_(raw.mean(0))
@@ -659,8 +660,8 @@ class Preferences:
     """
 
     def __init__(self, folder: Path, asked: int, window: int | None, args: Args):
-        """Take up what lies in the folder. `asked` is the checkpoint's: what the oracle was asked after it goes, and is
-        asked again, so that a resumed run is the same run. Of what people were asked, all counts."""
+        """Take up what lies in the folder. asked: the checkpoint's count. Later pairs of the oracle are deleted: a
+        resumed run asks them again. Later pairs for people stay."""
         self.folder, self.journal, self.window = folder, folder / "answers.jsonl", window or sys.maxsize
         self.device, self.members, self.position = args.device, args.members, 0  # bytes of the journal that were read
         self.answered: set[int] = set()
@@ -707,6 +708,8 @@ class Preferences:
     def answer(self, number: int, mu: float | None):
         with open(self.journal, "a") as file:
             file.write(json.dumps({"pair": number, "mu": mu}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint counts the pair
 
     def read(self):
         """Make labels of the answers that are new."""
@@ -716,9 +719,8 @@ class Preferences:
         self.answered |= {line["pair"] for line in new}
         own = [line["mu"] for line in new if not line.get("loaded")]
         self.skipped, self.ties = self.skipped + own.count(None), self.ties + own.count(0.5)
-        self.used += len(own) - own.count(None)
+        self.used, self.loaded = self.used + len(own) - own.count(None), self.loaded + len(new) - len(own)
         labels = [line for line in new if line["mu"] is not None]
-        self.loaded += len(labels) - len(own) + own.count(None)
         for line in labels[-self.window :]:
             label = {name: torch.as_tensor(x, device=self.device) for name, x in self.pair(line["pair"]).items()}
             label["mu"] = torch.tensor(line["mu"], dtype=torch.float32, device=self.device)
@@ -756,11 +758,11 @@ def preference_loss(difference, mu):
     return -mu * preference_probability(difference).log() - (1 - mu) * preference_probability(-difference).log()
 
 
-def label_losses(sums, mu, returns, ablation: str):
-    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); returns: (B, 2). Ablation `target`: both clips'
-    sums are regressed on the true ones."""
+def label_losses(sums, mu, true_sums, ablation: str):
+    """Loss of each label and member, (B, M). sums: (B, 2, M); mu: (B,); true_sums: (B, 2). Ablation `target`: both
+    clips' sums are regressed on the true ones."""
     if ablation == "target":
-        return (sums - returns.unsqueeze(-1)).square().mean(1)
+        return (sums - true_sums.unsqueeze(-1)).square().mean(1)
     return preference_loss(sums[:, 0] - sums[:, 1], mu)
 
 
@@ -851,7 +853,7 @@ def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
     logged = []
     for _ in range(args.update_epochs):
         b_inds = torch.as_tensor(rng.permutation(len(b_values)), device=b_values.device)
-        for mb_inds in b_inds.chunk(args.num_minibatches):
+        for mb_inds in b_inds.tensor_split(args.num_minibatches):
             obs, actions, *rest = (b[mb_inds] for b in rollout)
             _, newlogprob, entropy, newvalue, excess = agent.get_action_and_value(obs, actions)
             loss, info = policy_loss(newlogprob, entropy, newvalue, *rest, args)
@@ -875,11 +877,11 @@ def decisive_sums(ensemble: RewardEnsemble, preferences: Preferences, at, args: 
     """Over the decisive labels at these places: summed loss, right answers and labels, (2, 3, M).
 
     [0] over the labels held out for a member, [1] over those it is fitted to. Evaluation mode. Ties are left out:
-    they put ln 2 into both and hide that a member learns its labels by heart.
+    their loss is at least ln 2 for seen and unseen labels alike, which would hide overfitting.
     """
-    inputs, mu, returns, weights = preferences.batch(at)
+    inputs, mu, true_sums, weights = preferences.batch(at)
     sums = ensemble.score(inputs).view(len(mu), 2, -1, ensemble.members).sum(2)
-    losses = label_losses(sums, mu, returns, args.ablation)
+    losses = label_losses(sums, mu, true_sums, args.ablation)
     right = ((sums[:, 0] > sums[:, 1]) == (mu > 0.5).unsqueeze(-1)).float()
     decisive = (mu != 0.5).unsqueeze(-1)
     masks = torch.stack([(weights == 0) & decisive, (weights > 0) & decisive])  # (2, B, M)
@@ -896,8 +898,8 @@ def held_out(ensemble: RewardEnsemble, preferences: Preferences, args: Args) -> 
 def adapt_l2(ensemble: RewardEnsemble) -> None:
     """Move each member's weight decay by 5 % towards a held-out / training loss within [1.1, 1.5] (section 2.2.3).
 
-    The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5, so
-    that the decay rests at its upper bound: one of 1e-2 or 1e-1 costs what the model has learned.
+    The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5 and
+    the decay at its upper bound. Bounds of 1e-2 or 1e-1 destroy what the model has learned.
     """
     (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
     ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
@@ -908,17 +910,16 @@ def adapt_l2(ensemble: RewardEnsemble) -> None:
 def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng, args: Args) -> dict:
     """Train on minibatches drawn from all labels. Out: means of what was logged, as tensors.
 
-    Member losses are summed, each normalised by its own weights: with their mean, Adam aside, every member would
-    learn at a third of the rate.
+    Member losses are summed, each normalised by its own weights, so that members don't share a gradient's size.
     """
     ensemble.renew_inputs(preferences.batch(range(len(preferences.labels)))[0])
     logged = []
     for minibatch in range(minibatches):
         at = rng.integers(len(preferences.labels), size=args.reward_minibatch_size)
-        inputs, mu, returns, weights = preferences.batch(at)
+        inputs, mu, true_sums, weights = preferences.batch(at)
         ensemble.train()
         sums = ensemble(inputs).view(len(mu), 2, -1, ensemble.members).sum(2)
-        losses = label_losses(sums, mu, returns, args.ablation)
+        losses = label_losses(sums, mu, true_sums, args.ablation)
         loss = ((losses * weights).sum(0) / weights.sum(0).clamp(min=1)).sum()
         decay = sum((weight**2).sum(1) for weight in ensemble.weights())  # (M,)
         optimizer.zero_grad()
@@ -959,7 +960,7 @@ def select_pairs(ensemble, pool: SegmentPool, num: int, first: int, rng, args: A
     """Pairs of segments to ask about, (<= num, 2, 2) of (environment, start row), none of a row before `first`.
 
     With an ensemble, the most disputed of 10 x num candidates (section 2.2.4); without, the first of as many. No
-    segment is in two pairs, or twice in one.
+    segment is in two of these pairs, or twice in one.
     """
     length, num_candidates = args.clip_length, QUERY_CANDIDATES * num
     segments = sample_segments(rng, 2 * num_candidates, first, pool.count - length, args.num_envs)
@@ -978,7 +979,7 @@ def select_pairs(ensemble, pool: SegmentPool, num: int, first: int, rng, args: A
 
 
 def ask(ensemble, pool: SegmentPool, preferences: Preferences, camera, num: int, first: int, rng, args: Args) -> None:
-    """Store num pairs of segments; the oracle answers at once, people when they have looked (label_server.py)."""
+    """Store up to num pairs of segments; the oracle answers at once, people when they have looked (label_server.py)."""
     for pair in select_pairs(ensemble, pool, num, first, rng, args):
         clips = {name: x.cpu().numpy() for name, x in pool.clips(pair, args.clip_length).items()}
         rewards = pool.gather("oracle_rewards", pair, 0, args.clip_length).cpu().numpy().astype(np.float64)
@@ -1010,13 +1011,14 @@ def wait_for_people(phase: str, wanted: int, preferences: Preferences, progress,
 class Progress:
     """What a run counts; saved in every checkpoint."""
 
-    iteration: int = 0  # done
+    iteration: int = 0  # begun
     global_step: int = 0  # the untrained policy's steps included
-    asked: int = 0  # pairs, those of --preferences included
+    asked: int = 0  # number of the next pair
     pairs_presented: int = 0  # to the reward model, since the policy is trained
-    seconds: float = 0.0  # of training: without waiting, evaluating and saving
+    seconds: float = 0.0  # of training: without the initial phase, waiting, evaluating and saving
     wall_seconds: float = 0.0
     returns: list[float] = field(default_factory=list)  # of the last 20 finished episodes
+    scalars: dict[str, float] = field(default_factory=dict)  # that were logged last
 
 
 def make_run_dir(args: Args) -> tuple[Path, dict]:
@@ -1059,7 +1061,7 @@ def read_run(run_dir: str | Path) -> dict:
     """A run directory's args.json; ends with exit code 2 if it is missing or broken."""
     try:
         run = json.loads((Path(run_dir) / "args.json").read_text())
-        _ = run["script"], run["commit"], run["args"]["env_id"], run["args"]["segment_length"]
+        _ = run["script"], run["commit"], [run["args"][name] for name in ("env_id", "ablation", "segment_length")]
         return run
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run_dir} is not a run directory ({error.__class__.__name__} at args.json)")
@@ -1068,6 +1070,8 @@ def read_run(run_dir: str | Path) -> dict:
 def open_run(args: Args) -> tuple[Path, dict, filelock.FileLock, object]:
     """The run's directory, new or that of --resume; what its args.json is to hold; the lock that keeps other processes
     out; and its W&B run, the same one whatever the directory is called now, or None."""
+    if args.track:
+        import wandb
     if args.resume:
         run_dir, run = Path(args.resume), read_run(args.resume) | {"args": asdict(args) | {"resume": None}}
     else:
@@ -1079,8 +1083,6 @@ def open_run(args: Args) -> tuple[Path, dict, filelock.FileLock, object]:
         fail(f"another process is running {run_dir}")
     if not args.track:
         return run_dir, run, lock, None
-    import wandb
-
     where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run["wandb_id"]}
     try:
         wandb_run = wandb.init(**where, name=run_dir.resolve().name, config=asdict(args), resume="allow")
@@ -1103,12 +1105,12 @@ def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **m
 
 def stop_at_infinity(run_dir: Path, progress: Progress):
     """End a run whose numbers are no longer finite, with exit code 1."""
-    sys.exit(f"{SCRIPT}: what the policy learns from is not finite after step {progress.global_step}: try a lower "
-             f"--learning-rate; {run_dir}/checkpoint.pt is the last good checkpoint")  # fmt: skip
+    sys.exit(f"{SCRIPT}: parameters or rewards are not finite after step {progress.global_step}: try lower learning "
+             f"rates; {run_dir}/checkpoint.pt, if it is there, is good")  # fmt: skip
 
 
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
-    """Tensors and numbers only, and none that is not finite."""
+    """Tensors and numbers only; parameters are finite."""
     values = [*modules["agent"].parameters(), *modules["ensemble"].parameters()]
     if not all(value.isfinite().all() for value in values):
         stop_at_infinity(run_dir, progress)
@@ -1139,8 +1141,7 @@ def load_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool) -> Progress
 
 
 def start_anew(key: list[int], envs: Envs) -> tuple[np.ndarray, np.random.Generator]:
-    """Reset environments and generators, by (seed, phase, iteration): so a resumed run needs none of their states to be
-    the same run."""
+    """Seed environments and generators by (seed, phase, iteration), so that a checkpoint need not hold their states."""
     rng = np.random.default_rng(key)
     seed = int(rng.integers(2**31))
     torch.manual_seed(seed)  # actions
@@ -1193,7 +1194,7 @@ def reward_correlation(pool: SegmentPool, args: Args) -> float:
     return torch.corrcoef(torch.stack(sums)[:, paid])[0, 1].item() if paid.sum() > 1 else math.nan
 
 
-def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progress: Progress, args: Args) -> dict:
+def summarise(scores: np.ndarray, preferences: Preferences, progress: Progress, args: Args) -> dict:
     """What summary.json holds. JSON has neither infinity nor NaN: what is absent or infinite is null."""
     summary = asdict(args) | asdict(progress) | {"finished": True, "script": SCRIPT, "feedback": args.feedback}
     summary |= {"total_timesteps": args.num_iterations * args.batch_size, "asked": progress.asked - preferences.first}
@@ -1203,9 +1204,9 @@ def summarise(scalars: dict, scores: np.ndarray, preferences: Preferences, progr
     summary |= {"final_return_mean": float(scores.mean()), "final_return_std": float(scores.std())}
     summary |= {"final_episodes": len(scores), "commit": read_run(args.resume)["commit"]}  # that this run began with
     for name in ("accuracy_heldout", "correlation", "loss"):
-        summary[f"reward_{name}"] = scalars.get(f"reward_model/{name}")
+        summary[f"reward_{name}"] = progress.scalars.get(f"reward_model/{name}")
     for name, metric in {"pg_loss": "policy_loss", "v_loss": "value_loss", "entropy": "entropy"}.items():
-        summary[name] = scalars.get(f"losses/{metric}")
+        summary[name] = progress.scalars.get(f"losses/{metric}")
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
@@ -1217,7 +1218,8 @@ def train(args: Args) -> dict:
     except Exception as error:  # of whatever draws
         fail(f"--human: no pictures can be drawn here ({error})")
     run_dir, run, lock, wandb_run = open_run(args)
-    args.resume, is_new = str(run_dir), not (run_dir / "checkpoint.pt").exists()
+    is_new = not (run_dir / "checkpoint.pt").exists()
+    args.resume = str(run_dir)  # what goes on with it
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # initial parameters
 
@@ -1228,8 +1230,6 @@ def train(args: Args) -> dict:
     modules = {"agent": agent, "optimizer": optimizer, "ensemble": ensemble, "reward_optimizer": reward_optimizer}
     pool = SegmentPool(args.pool_rows, args.num_envs, envs.num_obs, len(envs.low), args.device)
     progress = Progress() if is_new else load_checkpoint(run_dir, modules, pool)
-    if progress.iteration >= args.num_iterations:
-        fail(f"{run_dir} has done all of its steps: to go on, give more --total-timesteps")
     write_json(run_dir / "args.json", run)
     (run_dir / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained on
     preferences = Preferences(run_dir / "preferences", progress.asked, None, args)
@@ -1253,14 +1253,15 @@ def train(args: Args) -> dict:
     if is_new and not args.true_reward:
         if args.reward_model:
             ensemble.load_state_dict(read_checkpoint(args.reward_model)["ensemble"])
-        obs, rng = start_anew([args.seed, 0], envs)
-        first_fresh = 0  # row; of earlier ones something was asked
+        obs, rng = start_anew([args.seed, 0, preferences.asked], envs)
+        first_fresh = 0  # clips start at or after this row, so that no row is asked about twice
         wanted = min(args.labels, args.initial_labels + QUERY_BATCH * args.human)  # people have some to go on with
         while not pool.count or preferences.used < args.initial_labels:
             rollout, obs = roll_out(agent, envs, camera, obs, args)
             progress.global_step += args.batch_size
             pool.add(rollout, rollout["env_rewards"], torch.full_like(rollout["values"], math.nan))
             missing = wanted - preferences.used - preferences.open
+            # Pairs that the fresh rows have room for, if half of them end up in no clip
             room = (pool.count - first_fresh - args.clip_length) * args.num_envs // (4 * args.clip_length)
             if missing > 0 and room >= min(missing, QUERY_BATCH):
                 ask(None, pool, preferences, camera, min(missing, room), first_fresh, rng, args)
@@ -1271,8 +1272,8 @@ def train(args: Args) -> dict:
             pretrain(ensemble, reward_optimizer, preferences, progress, rng, args)
         renew_statistics(ensemble, pool, rng, args)
 
-    disputed = None if args.ablation in ("random-queries", "no-ensemble") else ensemble
-    scalars, reward_log, obs = {}, {}, None
+    judge = None if args.ablation in ("random-queries", "no-ensemble") else ensemble  # None: pairs at random
+    reward_log, obs = {}, None
     while progress.iteration < args.num_iterations:
         if obs is None or progress.iteration % args.reset_every == 0:
             progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
@@ -1306,24 +1307,24 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             next_values = agent.get_value(rollout["led_to"].to(args.device).flatten(0, 1)).view_as(values)
         advantages, returns = compute_gae(pred_rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-        if not advantages.isfinite().all():  # before a pair of such clips is stored
+        if not advantages.isfinite().all():  # before clips of such a policy are stored
             stop_at_infinity(run_dir, progress)
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns, values)
         policy_log = update_policy(agent, optimizer, [x.flatten(0, 1) for x in batch], rng, now)
         agent.renew_statistics(rollout["obs"].flatten(0, 1))
 
-        # 5. Ask when enough labels are due, and what nobody could answer anew; people get the last tenth to answer
+        # 5. Ask for what is due and neither answered nor open: a skipped pair is replaced. People have the last tenth
         step, schedule = progress.iteration * args.batch_size, total_steps * (0.9 if args.human else 1.0)
         due = label_schedule(step, schedule, args.initial_labels, args.labels)
         missing = due - preferences.used - preferences.open
         if args.human:
             missing = min(missing, OPEN_PAIRS - preferences.open)
-        first = max(pool.first_row(), pool.count - len(camera.kept) if camera else 0)  # resumed, it has none of before
+        # After --resume the camera lacks the pool's older rows
+        first = max(pool.first_row(), pool.count - len(camera.kept) if camera else 0)
         enough = QUERY_BATCH if due < args.labels else 1
         if missing >= enough and pool.count >= first + args.clip_length:
-            ask(disputed, pool, preferences, camera, missing, first, rng, args)
-        wanted = due if due == args.labels else int(0.75 * due)
-        wanted *= args.wait_for_labels
+            ask(judge, pool, preferences, camera, missing, first, rng, args)
+        wanted = (due if due == args.labels else int(0.75 * due)) if args.wait_for_labels else 0
         waited = wait_for_people("training", wanted, preferences, progress, args)
 
         # 6. Update the reward model, then renew its statistics over rows of the recent pool
@@ -1341,7 +1342,7 @@ def train(args: Args) -> dict:
         tell("training", preferences, progress, args, labels_due=due, accuracy_heldout=accuracy)
         scalars = {}
         if envs.finished:
-            mean_return, mean_length = np.mean(envs.finished, axis=0)
+            mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
             scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
             progress.returns = (progress.returns + [score for score, _ in envs.finished])[-20:]
             envs.finished.clear()
@@ -1364,15 +1365,17 @@ def train(args: Args) -> dict:
                 print("warning: nine of ten labels are ties, which teach little")
             if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
                 print("warning: the reward model judges by chance")
+        progress.scalars = scalars
         log(scalars)
 
+    progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
+    save_checkpoint(run_dir, modules, pool, progress)
     scores = evaluate(agent, args, args.seed)
     log({"charts/eval_return": scores.mean()})
     if not args.true_reward and not args.reward_model:
-        scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
-    progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
-    summary = summarise(scalars, scores, preferences, progress, args)
-    save_checkpoint(run_dir, modules, pool, progress)
+        # Over all labels of the window; what is logged is a running mean
+        progress.scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
+    summary = summarise(scores, preferences, progress, args)
     write_json(run_dir / "summary.json", summary)
     tell("finished", preferences, progress, args)
     writer.close()

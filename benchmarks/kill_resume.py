@@ -40,7 +40,9 @@ def flatten(value, name: str = "") -> dict[str, object]:
 
 def differences(one: dict, other: dict) -> list[str]:
     """Names of what differs by a bit between two checkpoints, but for what a clock says."""
-    one, other = ({k: v for k, v in flatten(each).items() if not k.endswith("seconds")} for each in (one, other))
+    one, other = (
+        {k: v for k, v in flatten(each).items() if not k.endswith(("seconds", "SPS"))} for each in (one, other)
+    )
     differ = sorted(one.keys() ^ other.keys())
     for name in one.keys() & other.keys():
         values = one[name], other[name]

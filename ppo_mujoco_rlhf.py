@@ -76,6 +76,7 @@ SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_mo
 CHANGEABLE = {"total_timesteps", "labels", "wait_for_labels", "device", "threads", "bf16", "reset_every", "log_every",
               "eval_episodes", "track", "wandb_project_name", "wandb_entity"}  # beside --resume  # fmt: skip
 CLIP = {"width": 384, "height": 384, "columns": 5, "pixelated": False, "quality": 80}  # what people see of a clip
+MOST_FRAMES = 30  # of a clip's 1.5 seconds; of a longer one people see every second step, and so on
 
 
 def fail(message: str):
@@ -401,15 +402,10 @@ class Camera:
     def frames(self, env: int, row: int, length: int) -> np.ndarray:
         """(n, H, W, 3) RGB of an environment from this row of what is kept on; the newest row is -1."""
         frames = []
-        for t in shown_steps(length):
+        for t in range(0, length, math.ceil(length / MOST_FRAMES)):
             self.robot.set_state(*np.split(self.kept[row + t][env], [self.robot.model.nq]))
             frames.append(self.robot.render())
         return np.stack(frames)
-
-
-def shown_steps(length: int) -> range:
-    """The steps of a clip that people see: thirty at most, in a second and a half."""
-    return range(0, length, math.ceil(length / 30))
 
 
 def sprite_sheet(frames: np.ndarray) -> bytes:
@@ -1043,6 +1039,7 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
     git = f"git rev-parse --short=10 HEAD && git status --short --ignored {shlex.quote(Path(__file__).name)}"
     here = Path(__file__).resolve().parent
     told = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
+    frames = math.ceil(args.clip_length / math.ceil(args.clip_length / MOST_FRAMES))
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
@@ -1051,7 +1048,7 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
         "versions": {name: version(name) for name in PACKAGES},
         "commit": told[0] + "+" * (len(told) > 1) if told else None,  # "+": this file is not what the commit has
         "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
-        "clip": CLIP | {"frames": len(shown_steps(args.clip_length)), "fps": len(shown_steps(args.clip_length)) / 1.5},
+        "clip": CLIP | {"frames": frames, "fps": frames / 1.5},
         "wandb_id": None,
     }
     return run_dir, run

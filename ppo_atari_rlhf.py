@@ -241,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line, fill in what depends on the rest, refuse what is wrong with exit code 2.
 
     --resume RUN takes that run's arguments. What is given beside it overrides them, and is said in a line. W&B sweeps
-    write `--oracle=True`, which tyro spells `--oracle`.
+    write `--oracle=True`, which tyro spells `--oracle`. No shell expands the ~ of `--runs-dir=~/x`.
     """
     argv = sys.argv[1:] if argv is None else argv
     spelled = r"^--(?!no-)([\w-]+)=(True|False)$"
@@ -923,7 +923,7 @@ def update_reward_model(ensemble, optimizer, preferences, minibatches: int, rng,
 def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> None:
     """Fit the ensemble before the first policy update, until the decisive held-out loss has stopped falling."""
     best, stale, presented = math.inf, 0, 0
-    while stale < 4 and presented < args.pretrain_pairs:
+    while stale < 4 and presented < args.pretrain_pairs:  # stale: rounds without a new best
         tell("pretraining", preferences, progress, args, progress=presented / args.pretrain_pairs)
         update_reward_model(ensemble, optimizer, preferences, 32, rng, args)
         presented += 32 * args.reward_minibatch_size
@@ -1139,7 +1139,7 @@ def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarr
     rows = []
     for _ in range(args.num_steps):
         obs = torch.as_tensor(next_obs, device=args.device)
-        action, logprob, _, value, *_ = agent.get_action_and_value(obs)
+        action, logprob, _, value = agent.get_action_and_value(obs)[:4]
         executed = action.cpu().numpy()
         if camera:
             camera.record(envs, executed)

@@ -53,6 +53,7 @@ def test_a_command_of_each_sweep_runs(path, tmp_path, monkeypatch):
     _, program, *flags = shlex.split(command_lines(path)[0])
     script, small = SCRIPTS[program], ["--num-envs", "4", "--num-steps", "32", "--update-epochs", "1", "--track=False"]
     monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(1))
+    monkeypatch.setattr(script, "QUERY_BATCH", 1)
     monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     flags = [flag for flag in flags if not flag.startswith(("--total-timesteps", "--labels", "--track"))]
     small += ["--pretrain-pairs", "64", "--reward-minibatch-size", "4", "--threads", "1", "--device", "cpu"]

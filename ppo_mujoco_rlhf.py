@@ -943,7 +943,7 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
-    print(f"pre-trained on {presented:,} pairs: held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        print(f"pre-trained on {presented:,} pairs: held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
 
 
 def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Args) -> None:

@@ -163,10 +163,10 @@ def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path, toy):
 
 
 def test_every_ablation_and_seed_gives_parameters_of_its_own(tmp_path, toy):
-    runs = [["--oracle", "--labels", "40", "--ablation", name] for name in get_args(script.Ablation)]
+    runs = [["--oracle", "--labels", "24", "--ablation", name] for name in get_args(script.Ablation)]
     runs += [[*runs[0], "--seed", "2"], ["--true-reward"], runs[0]]
     for i, flags in enumerate(runs):
-        run(tmp_path / str(i), *flags, "--total-timesteps", "400")
+        run(tmp_path / str(i), *flags, "--total-timesteps", "240")
     digests = [digest(only(tmp_path / str(i))) for i in range(len(runs))]
     assert digests[-1] == digests[0] and len(set(digests)) == len(runs) - 1
 

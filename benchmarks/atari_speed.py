@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from mujoco_speed import checkout
+
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "ppo_atari_rlhf.py"
 OURS = [sys.executable, str(SCRIPT), "--eval-episodes", "1"]
@@ -58,15 +60,6 @@ def candidates(threads: int, device: str, steps: int, before: Path) -> dict:
     }  # fmt: skip
 
 
-def checkout(commit: str, folder: str) -> Path:
-    """That commit's script, in a folder of its own."""
-    shown = subprocess.run(["git", "-C", str(HERE), "show", f"{commit}:{SCRIPT.name}"], capture_output=True)
-    if shown.returncode:
-        sys.exit(f"--before {commit}: {shown.stderr.decode().strip()}; a shallow clone has no history")
-    (Path(folder) / SCRIPT.name).write_bytes(shown.stdout)
-    return Path(folder)
-
-
 def measure(command: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         if "--eval-episodes" in command:
@@ -91,7 +84,7 @@ def main():
     machine = f"{platform.machine()} {args.threads} threads {args.device}"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tried = candidates(args.threads, args.device, args.steps, checkout(args.before, folder))
+        tried = candidates(args.threads, args.device, args.steps, checkout(args.before, Path(folder), SCRIPT.name))
         tried = {name: command for name, command in tried.items() if args.only in name or "CleanRL" in name}
         for number in range(args.rounds):
             speeds = {}

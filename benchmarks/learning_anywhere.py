@@ -1,6 +1,6 @@
 """Do the tests that train hold on other instruction sets and seeds? Their scores, beside what they ask for.
 
-    python benchmarks/learning_anywhere.py > rows.csv      # 150 runs of some seconds each
+    python benchmarks/learning_anywhere.py > rows.csv      # 120 runs of some seconds each
 
 Each setting is a process of its own. A setting that this CPU lacks falls back to what it has, as PyTorch and oneDNN do.
 """

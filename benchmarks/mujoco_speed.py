@@ -51,12 +51,12 @@ def candidates(steps: int, before: Path | None) -> dict:
     }
 
 
-def checkout(commit: str, folder: Path) -> Path:
+def checkout(commit: str, folder: Path, script: str) -> Path:
     """That commit's script, in a folder of its own."""
-    shown = subprocess.run(["git", "-C", str(HERE), "show", f"{commit}:{SCRIPT}"], capture_output=True)
+    shown = subprocess.run(["git", "-C", str(HERE), "show", f"{commit}:{script}"], capture_output=True)
     if shown.returncode:
         sys.exit(f"--before {commit}: {shown.stderr.decode().strip()}; a shallow clone has no history")
-    (folder / SCRIPT).write_bytes(shown.stdout)
+    (folder / script).write_bytes(shown.stdout)
     return folder
 
 
@@ -126,7 +126,7 @@ def main():
     cores = sorted(os.sched_getaffinity(0))[:2]
     commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=HERE)
     with tempfile.TemporaryDirectory() as folder:
-        tried = candidates(args.steps, checkout(args.before, Path(folder)) if args.before else None)
+        tried = candidates(args.steps, checkout(args.before, Path(folder), SCRIPT) if args.before else None)
         if len(cores) < 2:
             del tried[TWO]
         rows = []

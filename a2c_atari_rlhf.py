@@ -1177,7 +1177,7 @@ def keep_large_buffers() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def summarise(scores: np.ndarray, preferences: Preferences, progress: Progress, args: Args) -> dict:
+def summarise(scores: np.ndarray, preferences: Preferences, progress: Progress, run: dict, args: Args) -> dict:
     """What summary.json holds. JSON has neither infinity nor NaN: what is absent or infinite is null."""
     summary = asdict(args) | asdict(progress) | {"finished": True, "script": SCRIPT, "feedback": args.feedback}
     summary |= {"total_timesteps": args.num_iterations * args.batch_size, "asked": progress.asked - preferences.first}
@@ -1185,7 +1185,7 @@ def summarise(scores: np.ndarray, preferences: Preferences, progress: Progress, 
     summary |= {"skipped": preferences.skipped, "ties": preferences.ties}
     summary |= {"sps": progress.iteration * args.batch_size / max(progress.seconds, 1e-9)}
     summary |= {"final_return_mean": float(scores.mean()), "final_return_std": float(scores.std())}
-    summary |= {"final_episodes": len(scores), "commit": read_run(args.resume)["commit"]}  # that this run began with
+    summary |= {"final_episodes": len(scores), "commit": run["commit"]}  # that this run began with
     for name in ("accuracy_heldout", "correlation", "loss"):
         summary[f"reward_{name}"] = progress.scalars.get(f"reward_model/{name}")
     for name, metric in {"pg_loss": "policy_loss", "v_loss": "value_loss", "entropy": "entropy"}.items():
@@ -1360,7 +1360,7 @@ def train(args: Args) -> dict:
     if not args.true_reward and not args.reward_model:
         # Over all labels of the window; what is logged is a running mean
         progress.scalars["reward_model/accuracy_heldout"] = held_out(ensemble, preferences, args)[1]
-    summary = summarise(scores, preferences, progress, args)
+    summary = summarise(scores, preferences, progress, run, args)
     write_json(run_dir / "summary.json", summary)
     tell("finished", preferences, progress, args)
     writer.close()

@@ -98,19 +98,19 @@ You need not be sure, and a slip can be undone. Equally good, or equally bad, is
 pairs in which you really don't see what is going on.
 """
 GAME = "Dying, or being about to, is clearly bad; an agent that is dead all the time counts as average play."
-ROBOT = "The camera follows the robot: its speed shows in the floor that passes by."
+ROBOT = "The camera follows the robot. The lines on the floor are a metre apart, and the arrow points to the right."
 INSTRUCTIONS = {
     "general": "Which clip is better?\nChoose the clip in which better things happen.",
     "Hopper-v5": f"""Which hopper gets further to the right?
-Follow its centre, the joint next to the pointed end. Moving left is worse than standing still. If both get equally \
-far, the one whose centre stays higher is better. {ROBOT}""",
+Follow its orange part. Moving left is worse than standing still. If both get equally far, the one whose orange part \
+stays higher is better. {ROBOT}""",
     "Walker2d-v5": f"""Which walker gets further to the right?
-Follow its centre, where the three limbs meet. If both get equally far, the higher one is better. {ROBOT}""",
-    "Swimmer-v5": f"Which swimmer is faster to the right?\nFollow the mark in the middle of its body. {ROBOT}",
-    "HalfCheetah-v5": f"Which cheetah is faster to the right?\n{ROBOT}",
+Follow its orange part. If both get equally far, the one whose orange part stays higher is better. {ROBOT}""",
+    "Swimmer-v5": f"Which swimmer is faster to the right?\nFollow its orange part. {ROBOT}",
+    "HalfCheetah-v5": f"Which cheetah is faster to the right?\nFollow its orange back. {ROBOT}",
     "Ant-v5": f"""Which ant stands better?
-Standing upright comes first; if neither does, the one whose centre is higher is better. If both stand, the one that \
-is faster to the right is better. {ROBOT}""",
+Standing upright comes first; if neither does, the one whose orange body is higher is better. If both stand, the one \
+that is faster to the right is better. {ROBOT}""",
     "Reacher-v5": """In which clip is the green dot closer to the red one?
 All of the clip counts: a dot that starts near and drifts away is worse than one that keeps a middle distance.""",
     "InvertedPendulum-v5": """Which pole points up more?

@@ -342,6 +342,7 @@ def test_people_see_thirty_steps_at_most_evenly_spread(tmp_path, length, shown):
     clip, every = script.make_run_dir(args)[1]["clip"], math.ceil(length / 30)
     assert clip["frames"] == len(range(0, length, every)) == shown <= 30 and clip["fps"] == shown / 1.5
     camera, drawn = object.__new__(script.Camera), []
+    camera.follows = False
     camera.kept = [[np.full(8, t)] for t in range(length)]
     camera.robot = SimpleNamespace(
         model=SimpleNamespace(nq=4), set_state=lambda qpos, _: drawn.append(qpos[0]), render=lambda: np.zeros((2, 2, 3))
@@ -349,10 +350,44 @@ def test_people_see_thirty_steps_at_most_evenly_spread(tmp_path, length, shown):
     assert len(camera.frames(0, -length, length)) == shown and drawn == list(range(0, length, every))
 
 
-def test_a_camera_follows_where_the_model_has_one_that_does():
+def test_where_the_camera_follows_people_see_an_orange_torso_and_marks_on_the_floor():
+    """A line per metre, which stays where it is as the robot moves on, and an arrow that goes along with it; in other
+    tasks nothing is added. The robot that is played with is another one."""
     for env_id in ("Hopper-v5", "Reacher-v5"):
-        camera = script.Camera(make_args("--env-id", env_id), 1, rows=1)
-        assert (camera.robot.camera_name == "track") == (env_id == "Hopper-v5")
+        args = make_args("--env-id", env_id)
+        camera, follows = script.Camera(args, 1, rows=2), env_id == "Hopper-v5"
+        assert (camera.robot.camera_name == "track") == camera.follows == follows
+        drawn, viewer = [], camera.robot.mujoco_renderer.viewer
+        camera.robot.mujoco_renderer.viewer = SimpleNamespace(add_marker=lambda into=drawn, **mark: into.append(mark))
+        camera.robot.render = lambda: np.zeros((2, 2, 3))
+        start = np.concatenate([camera.robot.init_qpos, camera.robot.init_qvel])
+        camera.kept = [[start], [start + 1.3 * (np.arange(len(start)) == 0)]]  # Hopper's first is x
+        camera.frames(0, -2, 2)
+        assert len(drawn) == 16 * follows
+        camera.robot.mujoco_renderer.viewer = viewer
+        torso = camera.robot.model.geom_rgba[camera.robot.model.geom_bodyid == 1]
+        assert (np.allclose(torso, (1, 0.35, 0, 1))) == follows
+        envs = script.Envs(args, 1)
+        assert not np.allclose(envs.robots[0].model.geom_rgba[1], (1, 0.35, 0, 1))
+        if follows:
+            lines = [[mark["pos"][0] for mark in drawn[i : i + 7]] for i in (0, 8)]
+            assert lines == [[-3, -2, -1, 0, 1, 2, 3], [-2, -1, 0, 1, 2, 3, 4]]
+            assert np.isclose(drawn[15]["pos"][0] - drawn[7]["pos"][0], 1.3)
+            assert np.allclose(np.reshape(drawn[7]["mat"], (3, 3)) @ (0, 0, 1), (1, 0, 0))  # it points to the right
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Swimmer-v5", "Ant-v5"])
+def test_a_pair_of_clips_loads_quickly(env_id):
+    """At most 150 kB, also while the robot is thrown about."""
+    args, rng = make_args("--env-id", env_id), np.random.default_rng(0)
+    envs, camera = script.Envs(args, 1), script.Camera(args, 1, rows=30)
+    envs.reset(0)
+    for _ in range(60):
+        actions = envs.random_actions(rng)
+        camera.record(envs, actions)
+        envs.step(actions)
+    frames = camera.frames(0, -30, 30)
+    assert len(np.unique(frames)) > 50 and 10_000 < len(script.sprite_sheet(frames)) < 75_000
 
 
 # ------------------------------------------------------------------------------------------------------ policy maths

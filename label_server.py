@@ -1654,7 +1654,7 @@ function describePeople(all, labellers) {
     const words = [percent(total ? trained / total : null), here && "here now", barred && "barred"];
     const more = put(first, "div");
     put(more, "small", words.filter(Boolean).join(", ") + " ");
-    for (const warning of warnings) put(more, "small", `${warning} `, {class: "warn"});
+    put(more, "small", `${warnings.join("; ")} `, {class: "warn"});
     button(more, labeller, "barred", barred, barred ? "let in again" : "bar");
   }
 }

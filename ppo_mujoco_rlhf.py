@@ -24,6 +24,7 @@ Where this differs from the paper, and why (the evidence is in docs/mujoco.md):
   * PPO instead of TRPO. Its passes over a rollout end where the policy is a KL divergence of 0.02 away.
   * Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
+  * Actions keep a std of 0.14: a policy that a wrong first reward has led astray does not come back without noise.
   * 5M steps instead of 20M; labels per run are the paper's, so they come four times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * Rewards of std 0.1, not 1: PPO learns its value function by the same gradient steps as its policy, TRPO does not.
@@ -71,6 +72,7 @@ OPEN_PAIRS = 100  # --human: during the training at most this many pairs wait fo
 REWARD_MINIBATCHES = 4  # update the reward model when at least this many minibatches are due
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
 STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
+LEAST_LOGSTD = -2.0  # logarithm of the least std of the actions
 SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
 SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_model/correlation"}
 CHANGEABLE = {"total_timesteps", "labels", "wait_for_labels", "device", "threads", "bf16", "reset_every", "log_every",
@@ -140,7 +142,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss likewise
     ent_coef: Weight | None = None  # of the entropy bonus, zero from half of the run on; default: the paper's
     vf_coef: Weight = 0.5  # weight of the value loss
-    init_logstd: Annotated[float, within(float, -5, 2)] = -1.0  # logarithm of the std of the untrained policy's actions
+    init_logstd: Annotated[float, within(float, LEAST_LOGSTD, 2)] = -1.0  # log std of the untrained policy's actions
     bound_coef: Weight = 0.1  # weight of the penalty on mean actions out of bounds: the square of how far
     max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
 
@@ -488,11 +490,12 @@ class Agent(nn.Module):
         """Actions (B, A), not clamped yet, and (B,) each: their log-probability, entropy, value, and the square of how
         far the mean lies out of bounds."""
         x = self.normalise(x)
-        mean, std = self.actor_mean(x), self.actor_logstd.exp()
+        mean, logstd = self.actor_mean(x), self.actor_logstd.clamp(min=LEAST_LOGSTD)
+        std = logstd.exp()
         if action is None:
             action = mean + std * torch.empty_like(mean).normal_()
-        logprob = (-0.5 * ((action - mean) / std) ** 2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
-        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(x))
+        logprob = (-0.5 * ((action - mean) / std) ** 2 - logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(x))
         excess = ((mean - mean.clamp(self.low, self.high)) ** 2).sum(-1)
         return action, logprob, entropy, self.critic(x).flatten(), excess
 

@@ -652,7 +652,7 @@ def test_a_run_of_people_that_is_resumed_in_its_initial_phase_asks_about_other_c
         (["--oracle", "--l2-coef", "0"], "not in [1e-06, 0.001]"),
         (["--oracle", "--reset-every", "0"], "0 is not in [1"),
         (["--oracle", "--ent-coef", "nan"], "nan is not in"),
-        (["--oracle", "--init-logstd", "3"], "3 is not in [-5"),
+        (["--oracle", "--init-logstd", "3"], "3 is not in [-2"),
     ],
 )
 def test_bad_input_ends_with_a_sentence_and_code_2_before_anything_is_written(

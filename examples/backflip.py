@@ -17,8 +17,8 @@ import numpy as np
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 
 INSTRUCTIONS = """Which hopper is nearer to a good backflip?
-It should throw itself over backwards, land on its foot, and do so again. Turning backwards (its top towards the left) \
-is better than standing, standing is better than lying or turning forwards. Lying on the floor and wriggling is bad."""
+It should throw itself over backwards, land on its foot, and do so again. Turning backwards (its orange top to the \
+left) is better than standing, standing is better than lying or turning forwards. Lying and wriggling is bad."""
 
 
 class HopperBackflip(HopperEnv):

@@ -672,8 +672,10 @@ def draw_human() -> None:
     tasks = sorted({row["env_id"] for row in rows})
     figure, axes = plt.subplots(2, len(tasks), figsize=(6 * len(tasks), 6.4), squeeze=False, layout="constrained")
     for column, task in zip(axes.T, tasks, strict=True):
-        for i, row in enumerate(newest([row for row in rows if row["env_id"] == task])):
-            curve = read_curve(row["run"])
+        shown = newest([row for row in rows if row["env_id"] == task])
+        labellers = list(dict.fromkeys(row["labeller"] for row in shown))
+        for row in shown:
+            curve, i = read_curve(row["run"]), labellers.index(row["labeller"])
             for ax, name in zip(column, ("return", "labels"), strict=True):
                 xy = [(int(point["step"]) / 1e6, float(point[name])) for point in curve if point[name]]
                 style = {"color": f"C{i}", "linewidth": 2 - 0.6 * (i % 2), "label": row["labeller"]}
@@ -683,8 +685,9 @@ def draw_human() -> None:
         column[0].set_title(task)
         column[1].set_xlabel("million steps")
         top = column[0].get_ylim()[1]
-        column[0].set_ylim(top=top + 0.16 * (top - column[0].get_ylim()[0]) * len(column[0].lines))
-        column[0].legend(loc="upper left")
+        column[0].set_ylim(top=top + 0.16 * (top - column[0].get_ylim()[0]) * len(labellers))
+        lines = {line.get_label(): line for line in column[0].lines}  # each labeller once
+        column[0].legend(lines.values(), lines, loc="upper left")
     axes[0, 0].set_ylabel("true return")
     axes[1, 0].set_ylabel("labels")
     save(figure, "human.png")

@@ -483,9 +483,9 @@ class RewardEnsemble(nn.Module):
         self.register_buffer("decisive", torch.zeros(2, 3, members))  # running `decisive_sums`
 
     def forward(self, x):
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        dtype = torch.bfloat16 if self.bf16 else torch.float32  # bfloat16 holds 0...255 exactly
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            h = self.network(x.to(dtype, memory_format=torch.channels_last).div_(255))
+            h = self.network(x.to(dtype, memory_format=torch.channels_last))  # batch norm takes the scale out
         h = h.reshape(len(x), self.members, -1).transpose(0, 1).float()  # (M, B, 784)
         h = F.leaky_relu(torch.baddbmm(self.hidden_bias, h, self.hidden_weight), 0.01)
         return torch.bmm(h, self.out_weight).squeeze(-1).T

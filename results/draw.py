@@ -12,7 +12,7 @@ own in the tables. A run that has not ended gives its curve and a row as of its 
 it.
 
 W&B exports two kinds of CSV: its table of runs, which gives rows, and the chart of charts/episodic_return over
-global_step, which gives curves. The runs that are named on the command line are drawn thick and black.
+global_step, which gives curves. The runs that are named on the command line are drawn thick.
 
 Figures show the mean over seeds and their range. Runs of other lengths than the longest true-reward runs of a task, and
 those of the scripts' first generation (their rows have a params_sha256) beside newer ones of the same length, are left
@@ -25,11 +25,13 @@ figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty
 import argparse
 import csv
 import json
+import logging
 import math
 import pickle
 import re
 import shlex
 from collections import Counter, defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -122,6 +124,7 @@ def read_events(run_dir: Path) -> dict[str, dict[int, float]]:
     """tag -> step -> value. A resumed run logs some steps twice: the later value counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it warns of every resumed run
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
@@ -164,7 +167,7 @@ def collect(folder: Path, table: str | None = None, **columns) -> set[str]:
 
     folder: a run's directory, or the random/ or evaluation/ that evaluate.py left in it.
     """
-    evaluated = "" if (folder / "args.json").exists() else folder.resolve().name
+    evaluated = folder.resolve().name if folder.resolve().name in ("random", "evaluation") else ""
     run_dir = folder.resolve().parent if evaluated else folder.resolve()
     run = json.loads((run_dir / "args.json").read_text())
     args, command, logged = run.get("args", {}), pasteable(run["command"]), {}
@@ -328,8 +331,22 @@ def described(row: dict) -> str:
 
 
 # ---- Curves in figures -----------------------------------------------------------------------------------------------
-NAMED = {"color": "k", "linewidth": 2.2, "zorder": 4}  # runs of the command line
+NAMED = {"linewidth": 2.2, "zorder": 4}  # runs of the command line
+NAMED_COLOURS = ("k", "C4", "C5", "C6", "C8", "C9")  # by turns; the first tells most clearly
 PAPER = {"linestyle": "--", "linewidth": 1.5, "zorder": 1}
+
+
+def named_label(row: dict) -> str:
+    """Somebody's copy of a script goes by its own name."""
+    stock = ("", "ppo_atari_rlhf", "ppo_mujoco_rlhf", "a2c_atari_rlhf")
+    by = algorithm(row) if row.get("script", "") in stock else row["script"]
+    return f"{by}, {described(row)}, seed {row['seed']}{', not ended' * (not ended(row))}"
+
+
+def named_styles(rows: list[dict]) -> dict[str, dict]:
+    """Label -> style, of rows of the command line."""
+    labels = dict.fromkeys(map(named_label, rows))
+    return {label: NAMED | {"color": colour} for label, colour in zip(labels, cycle(NAMED_COLOURS))}
 
 
 def read_curve(run: str) -> list[dict]:
@@ -383,12 +400,9 @@ def task_axes(tasks: list[str], height: float, **kwargs):
 
 
 def legend_once(figure, **kwargs) -> None:
-    """A legend below a figure with an entry per name, however many lines or bars have it, but for an axes' own."""
+    """A legend below a figure with an entry per name, however many lines or bars have it."""
     entries = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {name: handle for ax in entries for handle, name in zip(*ax, strict=True)}
-    for ax in figure.axes:
-        for text in ax.get_legend().get_texts() if ax.get_legend() else []:
-            handles.pop(text.get_text(), None)
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", **kwargs)
 
@@ -427,13 +441,13 @@ def draw_atari(named: set[str]) -> None:
             label += f", {row['commit']}" * first_generation(row)
             label += "" if ended(row) else f", seed {row['seed']}, not ended"
             groups[label].append(row["run"])
-        for row in (row for row in rows if row["run"] in named):
-            label = f"{algorithm(row)}, {described(row)}, seed {row['seed']}{', not ended' * (not ended(row))}"
-            groups[label].append(row["run"])
+        own = [row for row in rows if row["run"] in named]
+        for row in own:
+            groups[named_label(row)].append(row["run"])
         figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
         for i, (label, runs) in enumerate(groups.items()):
+            style = named_styles(own).get(label, {"color": f"C{i}"})
             label += f", {len(runs)} seeds" * (len(runs) > 1)
-            style = NAMED if runs[0] in named else {"color": f"C{i}"}
             plot_runs(axes[0], runs, "return", label=label, **style)
             plot_runs(axes[1], runs, "accuracy_heldout", **style)
             plot_runs(axes[1], runs, "correlation", **style | {"linestyle": ":"})
@@ -499,14 +513,16 @@ def draw_mujoco(named: set[str]) -> None:
     """
     every = [row for row in read_csv(HERE / "mujoco.csv") if read_curve(row["run"])]
     known = [row for row in plain(every) if source(row) in SOURCES]
-    tasks = sorted({row["env_id"] for row in [*known, *(row for row in every if row["run"] in named)]})
+    all_named = [row for row in every if row["run"] in named]
+    tasks = sorted({row["env_id"] for row in [*known, *all_named]})
     figure, axes = task_axes(tasks, 3.4)
     for ax, task in zip(axes.flat, tasks, strict=False):
         rows = [row for row in known if row["env_id"] == task]
-        own = [row for row in every if row["env_id"] == task and row["run"] in named]
-        rows = [row for row in rows if row not in own]
-        longest = max(map(budget, rows or own))
-        left_out = len(rows) - len(rows := [row for row in rows if budget(row) == longest])
+        own = [row for row in all_named if row["env_id"] == task]
+        known_here = [row for row in rows if row not in own]
+        longest = max(map(budget, of_one_budget(known_here) or own))
+        rows = [row for row in known_here if budget(row) == longest]
+        left_out = len(known_here) - len(rows)
         if left_out:
             print(f"{task}: not drawn are {left_out} runs of fewer steps, or of the first generation")
         for name, colour in SOURCES.items():
@@ -516,11 +532,8 @@ def draw_mujoco(named: set[str]) -> None:
             for row in (row for row in found if not ended(row)):
                 plot_runs(ax, [row["run"]], "return", color=colour, linewidth=0.9, label=f"{label}, not ended")
         for row in own:
-            label = f"{described(row)}, seed {row['seed']}{', not ended' * (not ended(row))}"
-            plot_runs(ax, [row["run"]], "return", **NAMED, label=label)
-        if own:
-            lines = [line for line in ax.lines if line.get_color() == NAMED["color"]]
-            ax.legend(lines, [line.get_label() for line in lines], fontsize=10)
+            label = named_label(row)
+            plot_runs(ax, [row["run"]], "return", **named_styles(all_named)[label], label=label)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
             plot_paper(ax, 20, paper_curve(2, task, curve), color=SOURCES[name], alpha=0.6)
         ax.plot([], [], color="0.5", **PAPER, label="the paper's")
@@ -530,7 +543,7 @@ def draw_mujoco(named: set[str]) -> None:
         ax.set_xlabel("million steps")
     for ax in axes[:, 0]:
         ax.set_ylabel("true return")
-    legend_once(figure, ncols=6)
+    legend_once(figure, ncols=3 if all_named else 6)
     save(figure, "mujoco.png")
 
 

@@ -239,10 +239,13 @@ def test_a_run_that_is_named_stands_out_whatever_taught_it(results, monkeypatch)
         "b": ("oracle", "700", "none", "0.1"),
         "c": ("human", "30", "none", ""),
     }
+    longer = {"f": 80000}  # no true reward's run is as long: it hides none of the others
     runs |= {"d": ("oracle", "500", "target", "0.0"), "e": ("true-reward", "0", "none", "0.0")}
+    runs |= {"f": ("oracle", "1400", "none", "0.0")}
     rows = [
         row("Hopper-v5", feedback, 1.0, labels, ablation)
-        | {"run": run, "teacher_mistake": mistake, "total_timesteps": 40000, "labels_used": labels, "seed": 4}
+        | {"run": run, "teacher_mistake": mistake, "labels_used": labels, "seed": 4}
+        | {"total_timesteps": longer.get(run, 40000), "script": "mine" if run == "d" else "ppo_mujoco_rlhf"}
         for run, (feedback, labels, ablation, mistake) in runs.items()
     ]
     draw.write_csv(results / "mujoco.csv", rows)
@@ -260,10 +263,10 @@ def test_a_run_that_is_named_stands_out_whatever_taught_it(results, monkeypatch)
     drawn.clear()
     draw.draw_mujoco(set("abcd"))
     assert drawn == {
-        "700 labels, seed 4": "k",
-        "700 labels, teacher mistake 0.1, seed 4": "k",
-        "30 labels, by people, seed 4": "k",
-        "500 labels, target, seed 4": "k",
+        "PPO, 700 labels, seed 4": "k",
+        "PPO, 700 labels, teacher mistake 0.1, seed 4": "C4",
+        "PPO, 30 labels, by people, seed 4": "C5",
+        "mine, 500 labels, target, seed 4": "C6",
         "true reward": "C1",
     }
 

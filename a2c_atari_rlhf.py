@@ -113,10 +113,10 @@ class Args:
     oracle: bool = False  # reward learned from a synthetic oracle's answers; give this, --human or --true-reward
     human: bool = False  # reward learned from people's answers, through label_server.py
     true_reward: bool = False  # no reward learning: the baseline, paid by the clipped score
-    seed: Seed = 1  # two runs with the same arguments end in the same parameters (on a CPU)
+    seed: Seed = 1  # of all that is random; on a CPU the same arguments end in the same parameters
     total_timesteps: Count = 50_000_000  # agent steps (4 frames each) after the initial phase, in whole rollouts
     device: str = "auto"  # "cpu", "cuda", "cuda:1", ...; auto takes a GPU where there is one
-    threads: Count = CORES  # of PyTorch on the CPU, and of the emulator
+    threads: Count = CORES  # PyTorch's on the CPU, and the emulator's
     bf16: bool = True  # networks up to their heads in bfloat16 where the hardware has it
     runs_dir: str = "runs"  # where the run's own directory is made
     resume: str | None = None  # go on with the run in this directory; with nothing else given exact to the bit on a CPU
@@ -147,12 +147,12 @@ class Args:
     dropout: Annotated[float, within(float, 0, 0.99)] = 0.5  # after the third and fourth convolution
     l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
     label_window: Count = 3000  # the reward model trains on the newest so many; on all with no-online-queries
-    reward_std: Positive = 0.05  # of the reward that the policy is paid
+    reward_std: Positive = 0.05  # std of the reward that the policy is paid
 
     # Preferences
-    labels: Number | None = None  # label budget: new labels of this run; 5,500 unless --true-reward
+    labels: Number | None = None  # label budget: new labels of this run; None: 5,500, with --true-reward 0
     segment_length: Count = 25  # steps per clip: 25 are 1.7 seconds at 15 frames per second
-    ablation: Ablation = "none"  # the paper's ablations
+    ablation: Ablation = "none"  # leave one part of the method out, as the paper does (its Figures 5 and 6)
     query_pool_steps: Count = 20_000  # segments are drawn from the last so many steps
     oracle_end_penalty: Weight | None = None  # the oracle takes this off for a lost life or game; default 1, in Pong 0
     teacher_beta: Annotated[float, within(float, 0, math.inf)] = math.inf  # answers from sigmoid(beta * difference)
@@ -169,7 +169,7 @@ class Args:
     wandb_project_name: str = "rlhf"  # the W&B project
     wandb_entity: str | None = None  # the W&B team
     log_every: Count = 250  # iterations between two progress lines
-    eval_episodes: Count = 10  # of the evaluation at the end
+    eval_episodes: Count = 10  # episodes of the evaluation at the end
 
     # What follows from these
     feedback = property(lambda self: "oracle" if self.oracle else "human" if self.human else "true-reward")
@@ -794,7 +794,7 @@ def label_schedule(step: float, total_steps: float, initial: int, budget: int) -
 def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalized advantage estimation; all (T, N).
 
-    next_values[t]: value of the state that row t led to, 0 if that is none: the caller's. dones[t]: 1 where row t is
+    next_values[t]: value of the state that row t led to; the caller gives 0 for none. dones[t]: 1 where row t is
     the last of its episode; the trace stops there. Out: advantages, returns.
     """
     deltas = rewards + gamma * next_values - values
@@ -923,7 +923,7 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
-        print(f"pre-trained on {presented:,} pairs: held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        print(f"pre-training, {presented:,} pairs shown: loss {loss:.3f}, accuracy {accuracy:.3f} held out", flush=True)
 
 
 def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Args) -> None:
@@ -1018,14 +1018,14 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     git = f"git rev-parse --short=10 HEAD && git status --short --ignored {shlex.quote(Path(__file__).name)}"
     here = Path(__file__).resolve().parent
-    told = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
+    state = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
         "script": SCRIPT,
         "args": asdict(args),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": told[0] + "+" * (len(told) > 1) if told else None,  # "+": this file is not what the commit has
+        "commit": state[0] + "+" * (len(state) > 1) if state else None,  # "+": this file is not what the commit has
         "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
         "clip": CLIP | {"frames": args.clip_length, "height": CLIP["height"] - hidden_band(args.env_id)},
         "wandb_id": None,
@@ -1075,8 +1075,10 @@ def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **m
     if args.human:
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
-        status |= {"global_step": counts.iteration * args.batch_size, "progress": None} | more
-        write_json(Path(args.resume) / "status.json", status)
+        status |= {"step": counts.iteration * args.batch_size, "progress": None} | more
+        accuracy = counts.scalars.get("reward_model/accuracy_heldout", math.nan)
+        status |= {"accuracy_heldout": accuracy if math.isfinite(accuracy) else None}
+        write_json(preferences.folder.parent / "status.json", status)
 
 
 def stop_at_infinity(run_dir: Path, progress: Progress):
@@ -1202,7 +1204,7 @@ def train(args: Args) -> dict:
         fail(f"--human: no pictures can be drawn here ({error})")
     run_dir, run, lock, wandb_run = open_run(args)
     is_new = not (run_dir / "checkpoint.pt").exists()
-    args.resume = str(run_dir)  # what goes on with it
+    args.resume = str(run_dir)  # for who presses Ctrl-C
     torch.set_num_threads(args.threads)
     keep_large_buffers()
     torch.manual_seed(args.seed)  # initial parameters
@@ -1228,7 +1230,9 @@ def train(args: Args) -> dict:
             wandb_run.log(scalars | {"global_step": progress.global_step, "labels": preferences.used})
 
     total_steps = args.num_iterations * args.batch_size
-    print(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps, {args.device}")
+    loaded = f" and {preferences.loaded:,} loaded" if preferences.loaded else ""
+    print(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels{loaded}, {args.device}, steps "
+          f"{progress.iteration * args.batch_size:,} to {total_steps:,}", flush=True)  # fmt: skip
     if args.env_id not in HUD:
         print(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
     started = time.monotonic() - progress.wall_seconds
@@ -1320,9 +1324,7 @@ def train(args: Args) -> dict:
 
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
-        accuracy = float(reward_log.get("accuracy_heldout", math.nan)) if args.human else math.nan
-        accuracy = accuracy if math.isfinite(accuracy) else None
-        tell("training", preferences, progress, args, labels_due=due, accuracy_heldout=accuracy)
+        tell("training", preferences, progress, args, labels_due=due)
         scalars = {}
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
@@ -1340,9 +1342,9 @@ def train(args: Args) -> dict:
                 scalars["reward_model/pred_std"] = pred_rewards.std().item()
                 scalars |= {"labels/used": preferences.used, "labels/skipped": preferences.skipped}
                 scalars["labels/ties"] = preferences.ties / max(preferences.used, 1)
-            left = (total_steps - step) / speed / 3600
-            line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
-            line += f"  return {np.mean(progress.returns or math.nan):.1f}"
+            left = (total_steps - step) / speed / 60
+            line = f"{step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.0f} min left"
+            line += f"  return {np.mean(progress.returns):.1f}" if progress.returns else "  no episode has ended yet"
             print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             if scalars.get("labels/ties", 0) > 0.9:
                 print("warning: nine of ten labels are ties, which teach little")
@@ -1350,7 +1352,7 @@ def train(args: Args) -> dict:
                 print("warning: the reward model judges by chance")
             if scalars["losses/entropy"] < 0.05:
                 print("warning: the policy's entropy is near zero: it has stopped exploring")
-        progress.scalars = scalars
+        progress.scalars |= scalars
         log(scalars)
 
     progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
@@ -1383,6 +1385,7 @@ if __name__ == "__main__":
         train(args)
     except KeyboardInterrupt:  # a shell's loop ends only if this process dies of the signal itself
         if args.resume:
-            print(f"\nto go on: python {SCRIPT}.py --resume {shlex.quote(args.resume)}")
+            print(f"\nto go on from the last checkpoint, at most {args.reset_every * args.batch_size:,} steps back: "
+                  f"python {SCRIPT}.py --resume {shlex.quote(args.resume)}")  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

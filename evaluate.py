@@ -145,7 +145,8 @@ def draw_frame(picture: np.ndarray, series: dict, t: int) -> np.ndarray:
         heights = np.interp(np.concatenate([levels, window]), levels[[0, 2]], [bottom, top]).round().astype(np.int32)
         for level, y in zip(levels, heights[:3].tolist(), strict=True):
             cv2.line(panel, (16, y), (256, y), (70, 70, 70), 1)
-            write(f"{level:.3g}", 262, y + 5, 0.4, (170, 170, 170))
+            if level == 0 or abs(y - heights[1]) > 12:  # else one number would lie on the other
+                write(f"{level:.3g}", 262, y + 5, 0.4, (170, 170, 170))
         points = np.stack([16 + np.arange(len(window)) * 12 // 5, heights[3:]], 1)
         cv2.polylines(panel, [points.astype(np.int32)], False, colour, 1, cv2.LINE_AA)
         write(f"{name} reward {values[t]:+.3f}", 16, row * box + 26, 0.6, colour)
@@ -223,7 +224,8 @@ def evaluate(args: Args) -> dict:
     summary |= {"seed": used.seed, "global_step": step, "final_return_mean": float(scores.mean())}
     summary |= {"final_return_std": float(scores.std()), "final_episodes": len(scores), "commit": run["commit"]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes; see {folder}")
+    after = "" if args.random else f", after {step:,} steps"
+    print(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes{after}; see {folder}")
     if recorder.camera and run.get("wandb_id"):
         import wandb
 

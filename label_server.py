@@ -93,11 +93,12 @@ def check_args(args: Args) -> None:
 
 # ---- What people are told: the gist of appendix B, as a question and three points ------------------------------------
 GENERAL = """\
-Judge only what you see in the two clips: how the agent got there, its lives or its level do not matter.
+Judge only what you see in the two clips, not how the agent got there. Where it jumps, it has started anew.
 You need not be sure, and a slip can be undone. Equally good, or equally bad, is an answer too; "can't tell" is for \
 pairs in which you really don't see what is going on.
 """
-GAME = "Dying, or being about to, is clearly bad; an agent that is dead all the time counts as average play."
+GAME = """Dying, or being about to, is clearly bad; an agent that is dead all the time counts as average play. How \
+many lives are left, or which level it is, does not matter."""
 ROBOT = "The camera follows the robot. The lines on the floor are a metre apart, and the arrow points to the right."
 INSTRUCTIONS = {
     "general": "Which clip is better?\nChoose the clip in which better things happen.",
@@ -162,7 +163,7 @@ class Clip(BaseModel):
 class Status(BaseModel):
     phase: Literal["initial", "pretraining", "training", "finished"] = "initial"
     progress: float | None = None  # of pre-training
-    global_step: int = 0
+    step: int = 0
     total_timesteps: int = 0
     labels: int | None = None
     labels_due: int | None = None
@@ -733,7 +734,7 @@ def wait_for(store: Store, run: Run) -> tuple[float, str]:
     seconds = seconds_until(store, run, "labels_due", min(used + count + QUERY_BATCH, run.labels))
     then = f"The next clips come {about(seconds)}." if seconds < math.inf else "This page goes on by itself."
     if used >= run.labels:
-        seconds = seconds_until(store, run, "global_step", status.total_timesteps)
+        seconds = seconds_until(store, run, "step", status.total_timesteps)
         end = f"Its training ends {about(seconds)}." if seconds < math.inf else "It trains on with them to the end."
         return seconds, f"All {run.labels} labels that the agent asked for are in. Thank you! {end}"
     if count:
@@ -747,7 +748,7 @@ def wait_for(store: Store, run: Run) -> tuple[float, str]:
         return seconds, f"The agent studies all answers so far, {status.progress or 0:.0%} done.{ready}"
     if status.phase == "initial":
         return YOUNG, "The agent makes its first moves. Clips of them come within a minute or so."
-    done = status.global_step / max(1, status.total_timesteps)
+    done = status.step / max(1, status.total_timesteps)
     return seconds, f"No clips to compare right now: the agent is training, {done:.0%} done. {then}"
 
 
@@ -851,7 +852,7 @@ def statistics(store: Store) -> dict:
         of_run |= {mark: (mark, run.name) in store.marks for mark in ("paused", "archived")}
         of_run |= {"open": count_open(store, [run]), "used": count_labels(store, run)}
         runs.append(of_run | {"status": run.status.model_dump()})
-    doubts = [("against the true sums", [one]) for one in answers if is_right(one) is False]
+    doubts = [("against the true rewards", [one]) for one in answers if is_right(one) is False]
     for a, b in twice:
         if a.who == b.who and a.said != b.said:
             doubts.append(("says otherwise the second time", [a, b]))
@@ -1666,7 +1667,7 @@ function describeRun(run) {
   const due = status.wanted === null ? `${status.labels_due ?? 0} labels due` : `waits for ${status.wanted} labels`;
   put(main, "h2", `${run.env_id}: ${run.used} of ${run.labels} labels, ${state}`);
   const line = put(main, "p", `${name}, ${run.open} pairs open, ${due}; step `
-    + `${status.global_step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}; held-out accuracy of the `
+    + `${status.step.toLocaleString()} of ${status.total_timesteps.toLocaleString()}; held-out accuracy of the `
     + `reward model: ${percent(status.accuracy_heldout)} `);
   put(line, "a", "link of this run", {href: `./?run=${encodeURIComponent(name)}`});
   button(line, name, "paused", paused, paused ? "go on" : "pause");
@@ -1677,7 +1678,7 @@ function describeRun(run) {
 function describeDoubt({why, run, pair, said, sums}, {clip}) {
   const words = {first: "the first", second: "the second", equal: "equal", "cant-tell": "can't tell"};
   const details = put(main, "details");
-  put(details, "summary", `${why}: ${said.map(([who, what]) => `${who}: ${words[what]}`).join(", ")}`);
+  put(details, "summary", `${why}: ${said.map(([who, what]) => `${who} said ${words[what]}`).join(", ")}`);
   const films = put(details, "div", undefined, {class: "films"});
   details.ontoggle = () => {
     if (!details.open || films.firstChild) return;

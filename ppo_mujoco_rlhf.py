@@ -117,10 +117,10 @@ class Args:
     oracle: bool = False  # reward learned from a synthetic oracle's answers; give this, --human or --true-reward
     human: bool = False  # reward learned from people's answers, through label_server.py
     true_reward: bool = False  # no reward learning: the baseline, paid by the task's reward
-    seed: Seed = 1  # two runs with the same arguments end in the same parameters (on a CPU)
+    seed: Seed = 1  # of all that is random; on a CPU the same arguments end in the same parameters
     total_timesteps: Count = 5_000_000  # steps over all environments after the initial phase, in whole rollouts
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", ...; these networks are too small for a GPU to gain
-    threads: Count = 1  # of PyTorch on the CPU; these networks are too small to share
+    threads: Count = 1  # PyTorch's on the CPU; for these networks more than one does not help
     runs_dir: str = "runs"  # where the run's own directory is made
     resume: str | None = None  # go on with the run in this directory; with nothing else given exact to the bit on a CPU
     reset_every: Count = 100  # iterations after which a checkpoint is saved and all environments start anew
@@ -140,7 +140,7 @@ class Args:
     target_kl: Weight = 0.02  # end the passes after one whose mean KL divergence exceeds this
     clip_coef: Weight = 0.2  # PPO's clipping of the probability ratio
     clip_vloss: bool = False  # clip the value loss likewise
-    ent_coef: Weight | None = None  # of the entropy bonus, zero from half of the run on; default: the paper's
+    ent_coef: Weight | None = None  # of the entropy bonus, zero from half of the run on; None: the paper's
     vf_coef: Weight = 0.5  # weight of the value loss
     init_logstd: Annotated[float, within(float, LEAST_LOGSTD, 2)] = -1.0  # log std of the untrained policy's actions
     bound_coef: Weight = 0.1  # weight of the penalty on mean actions out of bounds: the square of how far
@@ -153,12 +153,12 @@ class Args:
     pairs_per_step: Weight = 1 / 8  # label presentations per environment step
     pretrain_pairs: Count = 50_000  # label presentations before the training, at most; rounds of 32 minibatches
     l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
-    reward_std: Positive = 0.1  # of the reward that the policy is paid
+    reward_std: Positive = 0.1  # std of the reward that the policy is paid
 
     # Preferences
-    labels: Number | None = None  # label budget: new labels of this run; 700 unless --true-reward
-    segment_length: Count | None = None  # steps per clip; default as in the paper 15 to 60, by the task
-    ablation: Ablation = "none"  # the paper's ablations
+    labels: Number | None = None  # label budget: new labels of this run; None: 700, with --true-reward 0
+    segment_length: Count | None = None  # steps per clip; None: as in the paper 15 to 60, by the task
+    ablation: Ablation = "none"  # leave one part of the method out, as the paper does (its Figures 5 and 6)
     query_pool_steps: Count = 20_000  # segments are drawn from the last so many steps
     teacher_beta: Annotated[float, within(float, 0, math.inf)] = math.inf  # answers from sigmoid(beta * difference)
     teacher_gamma: Share = 1.0  # weight gamma^(L-1-t) on step t, so early steps are forgotten
@@ -174,7 +174,7 @@ class Args:
     wandb_project_name: str = "rlhf"  # the W&B project
     wandb_entity: str | None = None  # the W&B team
     log_every: Count = 10  # iterations between two progress lines
-    eval_episodes: Count | None = None  # of the evaluation at the end; default 10, and 100 of Reacher's short ones
+    eval_episodes: Count | None = None  # episodes of the evaluation at the end; None: 10, of Reacher's short ones 100
 
     # What follows from these
     feedback = property(lambda self: "oracle" if self.oracle else "human" if self.human else "true-reward")
@@ -829,7 +829,7 @@ def label_schedule(step: float, total_steps: float, initial: int, budget: int) -
 def compute_gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalized advantage estimation; all (T, N).
 
-    next_values[t]: value of the state that row t led to, 0 if that is none: the caller's. dones[t]: 1 where row t is
+    next_values[t]: value of the state that row t led to; the caller gives 0 for none. dones[t]: 1 where row t is
     the last of its episode; the trace stops there. Out: advantages, returns.
     """
     deltas = rewards + gamma * next_values - values
@@ -964,7 +964,7 @@ def pretrain(ensemble, optimizer, preferences, progress, rng, args: Args) -> Non
         presented += 32 * args.reward_minibatch_size
         loss, accuracy = held_out(ensemble, preferences, args)
         best, stale = (loss, 0) if loss < best else (best, stale + 1)
-        print(f"pre-trained on {presented:,} pairs: held-out loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        print(f"pre-training, {presented:,} pairs shown: loss {loss:.3f}, accuracy {accuracy:.3f} held out", flush=True)
 
 
 def renew_statistics(ensemble: RewardEnsemble, pool: SegmentPool, rng, args: Args) -> None:
@@ -1059,7 +1059,7 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     git = f"git rev-parse --short=10 HEAD && git status --short --ignored {shlex.quote(Path(__file__).name)}"
     here = Path(__file__).resolve().parent
-    told = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
+    state = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.splitlines()
     frames = math.ceil(args.clip_length / math.ceil(args.clip_length / MOST_FRAMES))
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU used"
     run = {
@@ -1067,7 +1067,7 @@ def make_run_dir(args: Args) -> tuple[Path, dict]:
         "args": asdict(args),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": told[0] + "+" * (len(told) > 1) if told else None,  # "+": this file is not what the commit has
+        "commit": state[0] + "+" * (len(state) > 1) if state else None,  # "+": this file is not what the commit has
         "hardware": f"{platform.machine()}, {CORES} cores, {gpu}, Python {platform.python_version()}",
         "clip": CLIP | {"frames": frames, "fps": frames / 1.5},
         "wandb_id": None,
@@ -1117,8 +1117,10 @@ def tell(phase: str, preferences: Preferences, counts: Progress, args: Args, **m
     if args.human:
         status = {"phase": phase, "labels_used": preferences.used, "asked": preferences.asked, "time": time.time()}
         status |= {"labels": args.labels, "total_timesteps": args.num_iterations * args.batch_size, "wanted": None}
-        status |= {"global_step": counts.iteration * args.batch_size, "progress": None} | more
-        write_json(Path(args.resume) / "status.json", status)
+        status |= {"step": counts.iteration * args.batch_size, "progress": None} | more
+        accuracy = counts.scalars.get("reward_model/accuracy_heldout", math.nan)
+        status |= {"accuracy_heldout": accuracy if math.isfinite(accuracy) else None}
+        write_json(preferences.folder.parent / "status.json", status)
 
 
 def stop_at_infinity(run_dir: Path, progress: Progress):
@@ -1237,7 +1239,7 @@ def train(args: Args) -> dict:
         fail(f"--human: no pictures can be drawn here ({error})")
     run_dir, run, lock, wandb_run = open_run(args)
     is_new = not (run_dir / "checkpoint.pt").exists()
-    args.resume = str(run_dir)  # what goes on with it
+    args.resume = str(run_dir)  # for who presses Ctrl-C
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # initial parameters
 
@@ -1261,7 +1263,9 @@ def train(args: Args) -> dict:
             wandb_run.log(scalars | {"global_step": progress.global_step, "labels": preferences.used})
 
     total_steps = args.num_iterations * args.batch_size
-    print(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels, {total_steps:,} steps, {args.device}")
+    loaded = f" and {preferences.loaded:,} loaded" if preferences.loaded else ""
+    print(f"{run_dir}\n{args.env_id}, {args.feedback}, {args.labels:,} labels{loaded}, {args.device}, steps "
+          f"{progress.iteration * args.batch_size:,} to {total_steps:,}", flush=True)  # fmt: skip
     if args.env_id not in SEGMENT_LENGTH:
         print(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
     started = time.monotonic() - progress.wall_seconds
@@ -1311,7 +1315,7 @@ def train(args: Args) -> dict:
 
         # 3. Pay it: the whole rollout by one model, in one go. Only the baseline and the oracle read env_rewards
         if args.true_reward:
-            pool.add(rollout, rollout["env_rewards"], values)
+            pool.add(rollout, rollout["env_rewards"], values)  # nothing reads the third
             recent = pool.streams["oracle_rewards"][: pool.count]  # normalised over the pool, as the predictor's are
             pred_rewards = (rollout["env_rewards"].to(values) - recent.mean()) / recent.std().clamp(min=STD_FLOOR)
             pred_rewards *= args.reward_std
@@ -1355,9 +1359,7 @@ def train(args: Args) -> dict:
 
         # 7. Log
         progress.seconds += time.monotonic() - began - waited
-        accuracy = float(reward_log.get("accuracy_heldout", math.nan)) if args.human else math.nan
-        accuracy = accuracy if math.isfinite(accuracy) else None
-        tell("training", preferences, progress, args, labels_due=due, accuracy_heldout=accuracy)
+        tell("training", preferences, progress, args, labels_due=due)
         scalars = {}
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
@@ -1375,15 +1377,15 @@ def train(args: Args) -> dict:
                 scalars["reward_model/pred_std"] = pred_rewards.std().item()
                 scalars |= {"labels/used": preferences.used, "labels/skipped": preferences.skipped}
                 scalars["labels/ties"] = preferences.ties / max(preferences.used, 1)
-            left = (total_steps - step) / speed / 3600
-            line = f"{progress.global_step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.1f} h left"
-            line += f"  return {np.mean(progress.returns or math.nan):.1f}"
+            left = (total_steps - step) / speed / 60
+            line = f"{step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.0f} min left"
+            line += f"  return {np.mean(progress.returns):.1f}" if progress.returns else "  no episode has ended yet"
             print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             if scalars.get("labels/ties", 0) > 0.9:
                 print("warning: nine of ten labels are ties, which teach little")
             if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
                 print("warning: the reward model judges by chance")
-        progress.scalars = scalars
+        progress.scalars |= scalars
         log(scalars)
 
     progress.asked, progress.wall_seconds = preferences.asked, time.monotonic() - started
@@ -1416,6 +1418,7 @@ if __name__ == "__main__":
         train(args)
     except KeyboardInterrupt:  # a shell's loop ends only if this process dies of the signal itself
         if args.resume:
-            print(f"\nto go on: python {SCRIPT}.py --resume {shlex.quote(args.resume)}")
+            print(f"\nto go on from the last checkpoint, at most {args.reset_every * args.batch_size:,} steps back: "
+                  f"python {SCRIPT}.py --resume {shlex.quote(args.resume)}")  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -36,7 +36,7 @@ class Trainer:
         (folder / "preferences").mkdir(parents=True)
         args = {"env_id": env_id, "human": True, "labels": labels, "segment_length": clip["frames"]}
         self.write("args.json", {"script": "ppo_mujoco_rlhf", "args": args, "clip": clip} | changes)
-        self.told = {"phase": "initial", "progress": None, "global_step": 0, "total_timesteps": 1000}
+        self.told = {"phase": "initial", "progress": None, "step": 0, "total_timesteps": 1000}
         self.told |= {"labels": labels, "labels_used": 0, "labels_due": None, "wanted": None, "asked": 0}
         self.told |= {"accuracy_heldout": None}
         self.start()

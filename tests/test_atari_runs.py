@@ -500,7 +500,7 @@ def test_people_are_waited_for_and_all_labels_are_used(tmp_path, toy):
     def answer_while_waiting(seconds):
         status = json.loads((only(tmp_path) / "status.json").read_text())
         assert status["wanted"] > status["labels_used"] and status["labels"] == 40
-        waits.append((status["phase"], status["global_step"]))
+        waits.append((status["phase"], status["step"]))
         people(only(tmp_path), lambda n, a, b: None if n % 5 == 3 else float(np.sign(a - b) + 1) / 2)
 
     toy.setattr(script.time, "sleep", answer_while_waiting)
@@ -678,7 +678,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
     for number in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if "h left" in line:  # the policy is being trained
+            if " left  " in line:  # the policy is being trained
                 time.sleep(0.2 * (number != signal.SIGINT))
                 process.send_signal(number)
                 break

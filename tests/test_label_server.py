@@ -734,7 +734,7 @@ def test_every_waiting_text_is_true(world):
     training = "No clips to compare right now: the agent is training, {}% done. "
     assert told(phase="training", progress=None) == training.format(0) + "This page goes on by itself."  # resumed
     assert told(2.0, labels_due=1) == training.format(0) + "This page goes on by itself."
-    assert told(60.0, labels_due=4, global_step=10) == training.format(1) + "The next clips come in about 4 minutes."
+    assert told(60.0, labels_due=4, step=10) == training.format(1) + "The next clips come in about 4 minutes."
     assert told(200.0) == training.format(1) + "The next clips come in about 60 seconds."  # at 1 + 16, 3 a minute
     second = world.ask(run)
     world.claim("Ann")
@@ -742,8 +742,8 @@ def test_every_waiting_text_is_true(world):
     assert told(wanted=3, labels_due=None).endswith("with others at the moment. This page goes on by itself.")
     run.told["labels"] = 1
     thanks = "All 1 labels that the agent asked for are in. Thank you! "
-    assert told(wanted=None, global_step=20) == thanks + "It trains on with them to the end."
-    assert told(10.0, global_step=60) == thanks + "Its training ends in about 4 minutes."
+    assert told(wanted=None, step=20) == thanks + "It trains on with them to the end."
+    assert told(10.0, step=60) == thanks + "Its training ends in about 4 minutes."
     run.stop()
     assert told() == "The training program is not running at the moment. This page goes on by itself when it is."
     assert told(phase="finished") == "The run is over: 1 of 1 labels were used, 0 of them yours. Thank you!"
@@ -759,7 +759,7 @@ def test_statistics_by_hand(make_world, monkeypatch):
     world = make_world()
     monkeypatch.setattr(label_server.random, "random", lambda: 0.75)
     run = world.run()
-    run.status(accuracy_heldout=0.6, global_step=10, time=1e6)
+    run.status(accuracy_heldout=0.6, step=10, time=1e6)
     said = [("left", (1.0, 0.0)), ("right", (1.0, 0.0)), ("equal", (2.0, 2.0)), ("cant-tell", (0.0, 1.0))]
     for i, (answer, sums) in enumerate(said):
         world.args.overlap_frac = float(i < 2)
@@ -785,7 +785,7 @@ def test_statistics_by_hand(make_world, monkeypatch):
     assert habits["a minute"] == pytest.approx(12.0)
     (of_run,) = stats["runs"]
     assert (of_run["used"], of_run["open"]) == (3, 0)
-    assert (of_run["status"]["global_step"], of_run["status"]["accuracy_heldout"]) == (10, 0.6)
+    assert (of_run["status"]["step"], of_run["status"]["accuracy_heldout"]) == (10, 0.6)
     assert stats["all"]["answers"] == 6
     assert [of["agree"]["n"] for of in (stats["all"], bob["habits"])] == [2, 2]
 
@@ -858,7 +858,7 @@ def test_who_answers_too_fast_or_at_chance_is_flagged(world):
     stats = world.call("GET", "/api/stats", role="admin")
     warnings = {of["labeller"]: of["warnings"] for of in stats["labellers"]}
     assert warnings == {"careful": [], "hasty": ["faster than a clip"], "guessing": ["as true sums: near chance"]}
-    assert {doubt["why"] for doubt in stats["doubts"]} == {"against the true sums"}
+    assert {doubt["why"] for doubt in stats["doubts"]} == {"against the true rewards"}
     assert {said[0] for doubt in stats["doubts"] for said in doubt["said"]} == {"guessing"}
     assert all(doubt["sums"] == [1.0, 2.0] for doubt in stats["doubts"])
 

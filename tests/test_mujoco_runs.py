@@ -583,7 +583,7 @@ def test_people_are_waited_for_and_see_the_clips_that_they_are_asked_about(tmp_p
     def answer_while_waiting(seconds):
         status = json.loads((only(tmp_path) / "status.json").read_text())
         assert status["wanted"] > status["labels_used"] and status["labels"] == 24
-        waits.append((status["phase"], status["global_step"]))
+        waits.append((status["phase"], status["step"]))
         answer_open(only(tmp_path), lambda n, a, b: None if n % 5 == 3 else float(np.sign(a - b) + 1) / 2)
 
     quick.setattr(script.Camera, "frames", frames)
@@ -722,7 +722,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if "h left" in line:  # the policy is being trained
+            if " left  " in line:  # the policy is being trained
                 time.sleep(0.2 * random.random() * (number != signal.SIGINT))
                 process.send_signal(number)
                 break
@@ -731,7 +731,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
         flags = ["--resume", str(only(folder))]
     cut = only(folder)
     assert "Traceback" not in errors and f"--resume '{cut}'" in shown and not (cut / "summary.json").exists()
-    line = shown.split("to go on: ", 1)[1].replace("python ppo_mujoco_rlhf.py", " ".join(command()))
+    line = shown.split(" steps back: ", 1)[1].replace("python ppo_mujoco_rlhf.py", " ".join(command()))
     end = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert end.returncode == 0 and not end.stderr, end.stderr
     assert state_of(cut) == state_of(only(tmp_path / "whole"))

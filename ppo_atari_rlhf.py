@@ -465,7 +465,7 @@ class RewardEnsemble(nn.Module):
                 # no bias: batch norm would take it out again
                 nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
                 nn.BatchNorm2d(16 * members),
-                nn.LeakyReLU(0.01, inplace=True),
+                nn.LeakyReLU(0.01),
                 *([nn.Dropout(dropout)] if kernel == 3 else []),
             ]
             channels_in, groups = 16 * members, members

@@ -442,11 +442,12 @@ def draw_atari(named: set[str]) -> None:
             label += "" if ended(row) else f", seed {row['seed']}, not ended"
             groups[label].append(row["run"])
         own = [row for row in rows if row["run"] in named]
+        styles = named_styles(own)
         for row in own:
             groups[named_label(row)].append(row["run"])
         figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
         for i, (label, runs) in enumerate(groups.items()):
-            style = named_styles(own).get(label, {"color": f"C{i}"})
+            style = styles.get(label, {"color": f"C{i}"})
             label += f", {len(runs)} seeds" * (len(runs) > 1)
             plot_runs(axes[0], runs, "return", label=label, **style)
             plot_runs(axes[1], runs, "accuracy_heldout", **style)
@@ -514,6 +515,7 @@ def draw_mujoco(named: set[str]) -> None:
     every = [row for row in read_csv(HERE / "mujoco.csv") if read_curve(row["run"])]
     known = [row for row in plain(every) if source(row) in SOURCES]
     all_named = [row for row in every if row["run"] in named]
+    styles = named_styles(all_named)
     tasks = sorted({row["env_id"] for row in [*known, *all_named]})
     figure, axes = task_axes(tasks, 3.4)
     for ax, task in zip(axes.flat, tasks, strict=False):
@@ -533,7 +535,7 @@ def draw_mujoco(named: set[str]) -> None:
                 plot_runs(ax, [row["run"]], "return", color=colour, linewidth=0.9, label=f"{label}, not ended")
         for row in own:
             label = named_label(row)
-            plot_runs(ax, [row["run"]], "return", **named_styles(all_named)[label], label=label)
+            plot_runs(ax, [row["run"]], "return", **styles[label], label=label)
         for name, curve in (("true-reward", "real reward"), ("700", "700 syn")):
             plot_paper(ax, 20, paper_curve(2, task, curve), color=SOURCES[name], alpha=0.6)
         ax.plot([], [], color="0.5", **PAPER, label="the paper's")

@@ -1279,6 +1279,7 @@ def train(args: Args) -> dict:
         first_fresh = 0  # clips start at or after this row, so that no row is asked about twice
         wanted = min(args.labels, args.initial_labels + QUERY_BATCH * args.human)  # people have some to go on with
         while not pool.count or preferences.used < args.initial_labels:
+            tell("initial", preferences, progress, args)  # drawing takes long, and an old status looks dead
             rollout, obs = roll_out(agent, envs, camera, obs, args)
             progress.global_step += args.batch_size
             pool.add(rollout, rollout["env_rewards"], torch.full_like(rollout["values"], math.nan))

@@ -505,9 +505,17 @@ def test_people_are_waited_for_and_all_labels_are_used(tmp_path, toy):
         waits.append((status["phase"], status["step"]))
         people(only(tmp_path), lambda n, a, b: None if n % 5 == 3 else float(np.sign(a - b) + 1) / 2)
 
+    told, inner = [], script.ask
+
+    def seen_ask(*given):
+        told.append(json.loads((only(tmp_path) / "status.json").read_text())["asked"] == given[2].asked)
+        return inner(*given)
+
+    toy.setattr(script, "ask", seen_ask)
     toy.setattr(script.time, "sleep", answer_while_waiting)
     summary = run(tmp_path, "--human", "--labels", "40", "--total-timesteps", "2560")
     assert summary["labels_used"] == 40 and summary["skipped"] > 5
+    assert len(told) > 3 and all(told)  # the page never knows less than it did before a batch was drawn
     assert waits[0] == ("initial", 0) and any(phase == "training" for phase, _ in waits)
     assert json.loads((only(tmp_path) / "status.json").read_text())["phase"] == "finished"
 

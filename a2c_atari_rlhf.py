@@ -24,7 +24,7 @@ Where this differs from the paper, and why (the evidence is in docs/a2c.md):
   * RMSProp in TensorFlow's form, not "Adam with alpha 0.99": the baselines' A2C, whose settings these are, had that.
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
-  * Dropout after the last two of the four convolutions only: after all four, the held-out loss falls more slowly.
+  * Dropout after the last of the four convolutions only: before a batch norm it spoils the statistics of that one.
   * Lives are hidden besides the score, but in Space Invaders: a falling counter tells of the ends that the paper hides.
 """
 
@@ -144,7 +144,7 @@ class Args:
     reward_minibatch_size: Count = 16  # pairs of clips per minibatch of the reward model
     pairs_per_step: Weight = 0.1  # label presentations per environment step; 0.02 trains twice as fast on a CPU
     pretrain_pairs: Count = 12_000  # label presentations before the training, at most; rounds of 32 minibatches
-    dropout: Annotated[float, within(float, 0, 0.99)] = 0.5  # after the third and fourth convolution
+    dropout: Annotated[float, within(float, 0, 0.99)] = 0.5  # after the last convolution
     l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
     label_window: Count = 3000  # the reward model trains on the newest so many; on all with no-online-queries
     reward_std: Positive = 0.05  # std of the reward that the policy is paid
@@ -445,8 +445,8 @@ class Agent(nn.Module):
 class RewardEnsemble(nn.Module):
     """All members of the ensemble in one batched pass (sections 2.2.3 and A.2).
 
-    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU, the last
-    two with dropout; then 64 units and one output. The first convolution is dense (all members read the same frames),
+    Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU; then
+    dropout, 64 units and one output. The first convolution is dense (all members read the same frames),
     the others are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
     """
 
@@ -460,10 +460,9 @@ class RewardEnsemble(nn.Module):
                 nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
                 nn.BatchNorm2d(16 * members),
                 nn.LeakyReLU(0.01),
-                *([nn.Dropout(dropout)] if kernel == 3 else []),
             ]
             channels_in, groups = 16 * members, members
-        self.network = nn.Sequential(*layers)
+        self.network = nn.Sequential(*layers, nn.Dropout(dropout))
         bound = 1 / math.sqrt(16 * 7 * 7)
         self.hidden_weight = nn.Parameter(torch.empty(members, 16 * 7 * 7, 64).uniform_(-bound, bound))
         self.hidden_bias = nn.Parameter(torch.zeros(members, 1, 64))

@@ -468,6 +468,21 @@ def test_scoring_moves_nothing_and_is_repeatable():
         assert torch.equal(tensor, before[name]), name
 
 
+def test_batch_norm_meets_the_same_variance_in_training_and_in_evaluation():
+    """Dropout before a batch norm raises the variance that it learns; without dropout its outputs come out too small."""
+    ensemble, stacks, met = make_ensemble(), random_stacks(64), {}
+    norms = [layer for layer in ensemble.network if isinstance(layer, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # running statistics are those of the last batch
+        norm.register_forward_hook(lambda norm, inputs, _: met.update({norm: inputs[0].var((0, 2, 3))}))
+    ensemble.train()
+    ensemble(stacks)
+    ensemble.score(stacks)
+    assert len(met) == 4
+    for norm in norms:
+        assert torch.allclose(met[norm], norm.running_var, rtol=0.02)
+
+
 def test_members_share_no_parameters():
     """One batched pass equals three networks: a member's output has no gradient in another's parameters."""
     ensemble = make_ensemble()

@@ -458,7 +458,8 @@ class RewardEnsemble(nn.Module):
             layers += [
                 # no bias: batch norm would take it out again
                 nn.Conv2d(channels_in, 16 * members, kernel, stride, groups=groups, bias=False),
-                nn.BatchNorm2d(16 * members),
+                # with PyTorch's 0.1 the statistics, by which rewards are paid, lag behind the weights
+                nn.BatchNorm2d(16 * members, momentum=0.5),
                 nn.LeakyReLU(0.01),
             ]
             channels_in, groups = 16 * members, members

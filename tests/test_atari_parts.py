@@ -469,7 +469,7 @@ def test_scoring_moves_nothing_and_is_repeatable():
 
 
 def test_batch_norm_meets_the_same_variance_in_training_and_in_evaluation():
-    """Dropout before a batch norm raises the variance that it learns; without dropout its outputs come out too small."""
+    """Dropout before a batch norm raises the variance that it learns, and evaluation has no dropout."""
     ensemble, stacks, met = make_ensemble(), random_stacks(64), {}
     norms = [layer for layer in ensemble.network if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:
@@ -523,6 +523,20 @@ def test_a_planted_reward_is_recovered(tmp_path):
     predicted = ensemble.score(stacks).view(100, 3, 3).sum(1)
     for member in range(3):
         assert torch.corrcoef(torch.stack([predicted[:, member], returns.flatten()]))[0, 1] > 0.8
+
+
+def test_what_is_paid_keeps_up_with_what_is_fitted(tmp_path):
+    """Rewards are paid by running statistics, and fitted by those of each batch: soon the two must be the same."""
+    args = make_args("--segment-length", "3", "--dropout", "0")
+    labels, ensemble = fill(tmp_path, 64), make_ensemble(dropout=0.0)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate)
+    script.update_reward_model(ensemble, optimizer, labels, 16, np.random.default_rng(0), args)
+    stacks = labels.batch(range(48))[0]
+    paid = ensemble.score(stacks)
+    with torch.no_grad():
+        fitted = ensemble.train()(stacks)
+    apart = (paid - paid.mean(0)) - (fitted - fitted.mean(0))
+    assert (apart.std(0) < 0.2 * fitted.std(0)).all()  # 0.05; with PyTorch's momentum of 0.1 it is 0.56
 
 
 def test_target_ablation_regresses_both_sums(tmp_path):

@@ -1,0 +1,70 @@
+"""How well does an Atari reward model, fitted to the first labels of one run, judge those of another?
+
+    python benchmarks/offline_fit.py TRAIN_RUN TEST_RUN --labels 880    # seven minutes on one core
+
+The runs have different seeds, so no frame is in both. The script is the one beside this folder: to compare two forms
+of the model, call this in two checkouts. It writes nothing into either run.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ppo_atari_rlhf as script
+
+
+def first_labels(run: Path, number: int, args: script.Args) -> script.Preferences:
+    """The first labels of a run."""
+    lines = (run / "preferences" / "answers.jsonl").read_text().splitlines()[:number]
+    with tempfile.TemporaryDirectory() as folder:
+        for line in lines:
+            shutil.copy(run / "preferences" / f"{json.loads(line)['pair']:08d}.npz", folder)
+        (Path(folder) / "answers.jsonl").write_text("".join(line + "\n" for line in lines))
+        return script.Preferences(Path(folder), 0, None, args)
+
+
+@torch.no_grad()
+def judge(ensemble: script.RewardEnsemble, preferences: script.Preferences) -> tuple[float, float]:
+    """Loss and accuracy on decisive labels, mean over members."""
+    sums, answers = [], []
+    for at in torch.arange(len(preferences.labels)).split(16):
+        inputs, mu, *_ = preferences.batch(at)
+        sums.append(ensemble.score(inputs).view(len(mu), 2, -1, ensemble.members).sum(2))
+        answers.append(mu)
+    mu = torch.cat(answers)
+    difference = torch.cat(sums).diff(dim=1).squeeze(1)[mu != 0.5].neg()
+    mu = mu[mu != 0.5]
+    right = (difference > 0) == (mu > 0.5).unsqueeze(1)
+    return script.preference_loss(difference, mu).mean().item(), right.float().mean().item()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--labels", type=int, default=880)
+    parser.add_argument("--minibatches", type=int, default=400)
+    parser.add_argument("--dropout", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=3)
+    given = parser.parse_args()
+    args = script.parse_args(["--human", "--device", "cpu", "--threads", "1", "--dropout", str(given.dropout)])
+    torch.set_num_threads(1)
+    script.keep_large_buffers()
+    fitted, held_back = (first_labels(run, given.labels, args) for run in (given.train, given.test))
+    torch.manual_seed(given.seed)
+    rng = np.random.default_rng(given.seed)
+    _, ensemble = script.make_models(args, SimpleNamespace(num_actions=6))
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
+    for minibatch in range(50, given.minibatches + 1, 50):
+        info = script.update_reward_model(ensemble, optimizer, fitted, 50, rng, args)
+        loss, accuracy = judge(ensemble, held_back)
+        told = f"{minibatch} minibatches: loss {info['loss']:.3f}; of the other run {loss:.3f}, accuracy {accuracy:.3f}"
+        print(told, flush=True)

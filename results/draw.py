@@ -16,7 +16,7 @@ global_step, which gives curves. The runs that are named on the command line are
 
 Figures show the mean over seeds and their range. Runs of other lengths than the longest true-reward runs of a task, and
 those of the scripts' first generation (their rows have a params_sha256) beside newer ones of the same length, are left
-out of tables and figures; it is said how many.
+out of tables and figures; it is said how many. For ablations and for imperfect teachers, the longest of theirs decide.
 
 paper_figures.csv holds the paper's own curves (Figures 2, 3, 5 and 6), 21 points each, read off the images of its
 figures pixel by pixel; about 1 % of the axis, worse where curves overlap, empty where one is hidden.
@@ -285,12 +285,20 @@ def ended(row: dict) -> bool:
     return bool(row["final_return_mean"]) and (row["feedback"] == "random" or row.get("finished", "True") == "True")
 
 
-def of_one_budget(rows: list[dict]) -> list[dict]:
-    """Without the runs that have more or fewer steps than the longest true-reward runs of their task that have ended,
-    or are of another generation."""
+def is_baseline(row: dict) -> bool:
+    return row["feedback"] == "true-reward"
+
+
+def is_ablation(row: dict) -> bool:
+    return row["ablation"] not in ("", "none")
+
+
+def of_one_budget(rows: list[dict], decides=is_baseline) -> list[dict]:
+    """Without the runs that have more or fewer steps than the longest run of their task that decides and has ended, or
+    are of another generation."""
     budgets: dict[tuple[str, str], tuple] = {}
     for row in rows:
-        if row["feedback"] == "true-reward" and ended(row):
+        if decides(row) and ended(row):
             task = row["env_id"], algorithm(row)
             budgets[task] = max(budget(row), budgets.get(task, (0, False)))
     return [
@@ -315,7 +323,7 @@ def last_scores(rows: list[dict]) -> list[dict]:
 
 def plain(rows: list[dict]) -> list[dict]:
     """The rows that a table may stand side by side."""
-    rows = [row for row in rows if row["ablation"] in ("", "none") and not imperfect(row)]
+    rows = [row for row in rows if not is_ablation(row) and not imperfect(row)]
     return [row for row in rows if not float(row.get("labels_loaded") or 0)]
 
 
@@ -326,7 +334,7 @@ def described(row: dict) -> str:
     given = row["labels"] if row.get("finished", "True") != "True" else row.get("labels_used") or row["labels"]
     loaded = [f"{int(float(row['labels_loaded'])):,} loaded"] if float(row.get("labels_loaded") or 0) else []
     by = ["by people"] if row["feedback"] == "human" else []
-    ablation = [] if row["ablation"] in ("", "none") else [row["ablation"]]
+    ablation = [row["ablation"]] if is_ablation(row) else []
     return ", ".join([f"{int(float(given)):,} labels", *loaded, *by, *ablation, *imperfect(row)])
 
 
@@ -588,8 +596,8 @@ def summed_up(means: list[float]) -> str:
 def print_teachers() -> None:
     """The scores of imperfect teachers' runs, beside those of as many right answers."""
     groups: dict[tuple[str, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in of_one_budget(last_scores(read_csv(HERE / "mujoco.csv"))):
-        if row["feedback"] == "oracle" and row["ablation"] in ("", "none"):
+    for row in of_one_budget(last_scores(read_csv(HERE / "mujoco.csv")), imperfect):
+        if row["feedback"] == "oracle" and not is_ablation(row):
             teacher = ", ".join(imperfect(row)) or "no mistakes"
             groups[row["env_id"], int(row["labels"])][teacher].append(f"{float(row['final_return_mean']):,.1f}")
     for (task, labels), teachers in sorted(groups.items()):
@@ -642,7 +650,7 @@ def draw_ablations(name: str, labels: int, curves: tuple[int, int], baseline: st
     curves: the paper's figures of the baseline and of its ablations. Its scores are scaled by our random policy and its
     own baseline, ours by that of our own.
     """
-    rows = of_one_budget(last_scores(read_csv(HERE / f"{name}.csv")))
+    rows = of_one_budget(last_scores(read_csv(HERE / f"{name}.csv")), is_ablation)
     rows = [row for row in rows if algorithm(row) == "PPO" and not imperfect(row)]
     runs = defaultdict(list)
     for row in rows:

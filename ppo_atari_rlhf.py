@@ -26,7 +26,7 @@ Where this differs from the paper, and why (the evidence is in docs/atari.md):
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
-  * Dropout after the last of the four convolutions only: before a batch norm it spoils the statistics of that one.
+  * No dropout: with it the reward model needs twice the training to judge another run's clips as well.
   * Rewards of std 0.15, as Pong's clipped score has, not 0.05: to PPO that is the weight of its value loss, no more.
   * Lives are hidden besides the score, but in Space Invaders: a falling counter tells of the ends that the paper hides.
 """
@@ -150,7 +150,6 @@ class Args:
     reward_minibatch_size: Count = 16  # pairs of clips per minibatch of the reward model
     pairs_per_step: Weight = 1 / 32  # label presentations per environment step; the paper's is 0.1
     pretrain_pairs: Count = 12_000  # label presentations before the training, at most; rounds of 32 minibatches
-    dropout: Annotated[float, within(float, 0, 0.99)] = 0.5  # after the last convolution
     l2_coef: Annotated[float, within(float, 1e-6, 1e-3)] = 1e-4  # weight decay to start with; it adapts
     label_window: Count = 3000  # the reward model trains on the newest so many; on all with no-online-queries
     reward_std: Positive = 0.15  # std of the reward that the policy is paid
@@ -452,11 +451,11 @@ class RewardEnsemble(nn.Module):
     """All members of the ensemble in one batched pass (sections 2.2.3 and A.2).
 
     Per member: convolutions 7x7/3, 5x5/2, 3x3/1, 3x3/1 of 16 channels, each with batch norm and leaky ReLU; then
-    dropout, 64 units and one output. The first convolution is dense (all members read the same frames),
-    the others are grouped by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
+    64 units and one output. The first convolution is dense (all members read the same frames), the others are grouped
+    by member. In: (B, 4, 84, 84) uint8. Out: (B, M), a raw reward per member.
     """
 
-    def __init__(self, members: int, dropout: float, l2_coef: float, bf16: bool):
+    def __init__(self, members: int, l2_coef: float, bf16: bool):
         super().__init__()
         self.members, self.bf16 = members, bf16
         layers, channels_in, groups = [], 4, 1
@@ -469,7 +468,7 @@ class RewardEnsemble(nn.Module):
                 nn.LeakyReLU(0.01),
             ]
             channels_in, groups = 16 * members, members
-        self.network = nn.Sequential(*layers, nn.Dropout(dropout))
+        self.network = nn.Sequential(*layers)
         bound = 1 / math.sqrt(16 * 7 * 7)
         self.hidden_weight = nn.Parameter(torch.empty(members, 16 * 7 * 7, 64).uniform_(-bound, bound))
         self.hidden_bias = nn.Parameter(torch.zeros(members, 1, 64))
@@ -531,7 +530,7 @@ def make_models(args: Args, envs: Envs) -> tuple[Agent, RewardEnsemble]:
         bf16 = args.bf16 and torch.cpu.get_capabilities().get("avx512_bf16", False)
     agent = Agent(envs.num_actions, bf16)
     l2_coef = 0.0 if args.ablation == "no-regularization" else args.l2_coef
-    ensemble = RewardEnsemble(args.members, args.dropout, l2_coef, bf16)
+    ensemble = RewardEnsemble(args.members, l2_coef, bf16)
     return tuple(model.to(args.device, memory_format=torch.channels_last) for model in (agent, ensemble))
 
 
@@ -1128,7 +1127,7 @@ def start_anew(key: list[int], envs: Envs, camera: Camera | None) -> tuple[np.nd
     """Seed environments and generators by (seed, phase, iteration), so that a checkpoint need not hold their states."""
     rng = np.random.default_rng(key)
     seed = int(rng.integers(2**31))
-    torch.manual_seed(seed)  # actions and dropout
+    torch.manual_seed(seed)  # actions
     if camera:
         camera.reset(seed)
     return envs.reset(seed), rng

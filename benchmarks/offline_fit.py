@@ -2,8 +2,9 @@
 
     python benchmarks/offline_fit.py TRAIN_RUN TEST_RUN --labels 880    # seven minutes on one core
 
-The runs have different seeds, so no frame is in both. The script is the one beside this folder: to compare two forms
-of the model, call this in two checkouts. It writes nothing into either run.
+The runs have different seeds, so no frame is in both. Other flags go to the script beside this folder, for instance
+--reward-learning-rate 1e-3; to compare two forms of the model, copy this file into two checkouts. It writes nothing
+into either run.
 """
 
 import argparse
@@ -52,10 +53,9 @@ if __name__ == "__main__":
     parser.add_argument("test", type=Path)
     parser.add_argument("--labels", type=int, default=880)
     parser.add_argument("--minibatches", type=int, default=400)
-    parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=3)
-    given = parser.parse_args()
-    args = script.parse_args(["--human", "--device", "cpu", "--threads", "1", "--dropout", str(given.dropout)])
+    given, flags = parser.parse_known_args()
+    args = script.parse_args(["--human", "--device", "cpu", "--threads", "1", *flags])
     torch.set_num_threads(1)
     script.keep_large_buffers()
     fitted, held_back = (first_labels(run, given.labels, args) for run in (given.train, given.test))

@@ -32,21 +32,6 @@ def first_labels(run: Path, number: int, args: script.Args) -> script.Preference
         return script.Preferences(Path(folder), 0, None, args)
 
 
-@torch.no_grad()
-def judge(ensemble: script.RewardEnsemble, preferences: script.Preferences) -> tuple[float, float]:
-    """Loss and accuracy on decisive labels, mean over members."""
-    sums, answers = [], []
-    for at in torch.arange(len(preferences.labels)).split(16):
-        inputs, mu, *_ = preferences.batch(at)
-        sums.append(ensemble.score(inputs).view(len(mu), 2, -1, ensemble.members).sum(2))
-        answers.append(mu)
-    mu = torch.cat(answers)
-    difference = torch.cat(sums).diff(dim=1).squeeze(1)[mu != 0.5].neg()
-    mu = mu[mu != 0.5]
-    right = (difference > 0) == (mu > 0.5).unsqueeze(1)
-    return script.preference_loss(difference, mu).mean().item(), right.float().mean().item()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path)
@@ -59,12 +44,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     script.keep_large_buffers()
     fitted, held_back = (first_labels(run, given.labels, args) for run in (given.train, given.test))
+    for label in held_back.labels:
+        label["weights"].zero_()  # held out for every member
     torch.manual_seed(given.seed)
     rng = np.random.default_rng(given.seed)
     _, ensemble = script.make_models(args, SimpleNamespace(num_actions=6))
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=args.reward_learning_rate, fused=True)
     for minibatch in range(50, given.minibatches + 1, 50):
         info = script.update_reward_model(ensemble, optimizer, fitted, 50, rng, args)
-        loss, accuracy = judge(ensemble, held_back)
+        loss, accuracy = script.held_out(ensemble, held_back, args)
         told = f"{minibatch} minibatches: loss {info['loss']:.3f}; of the other run {loss:.3f}, accuracy {accuracy:.3f}"
         print(told, flush=True)

@@ -1540,7 +1540,8 @@ function send(url, body) {
 }
 
 function answer(which) {
-  if (!shown || isTalking() || performance.now() - shownAt < GUARD) return;
+  // What is first among the pairs here may have changed since the screen did
+  if (!shown || shown !== held[0] || isTalking() || performance.now() - shownAt < GUARD) return;
   const id = newId(), {pair, images} = held.shift(), seconds = (performance.now() - shownAt) / 1000;
   send("api/answers", {id, serving: pair.serving, labeller, answer: which, seconds});
   undoable.push({id, pair, images});

@@ -775,12 +775,19 @@ def test_undo_is_refused_once_the_agent_has_learned(world, visit):
     one = visit()
     one.do(lambda: one.page.keyboard.press("ArrowLeft"))
     one.sent()
+    one.sent()
     world.look(label_server.GRACE + 1)  # the page's own clock says that there is time
     before = one.serving()
+    one.page.route("**/api/claim", lambda claim: None)  # a slow line: the page waits for its next pairs
     one.page.keyboard.press("u")
     one.page.wait_for_function("() => document.querySelector('#said').textContent.includes('learned from this')")
-    one.wait()
-    assert one.serving() == before
+    one.page.wait_for_timeout(300)
+    assert one.serving() != before  # the pair that can't be undone is still on the screen
+    one.page.keyboard.press("ArrowRight")
+    one.page.wait_for_timeout(300)
+    one.page.unroute("**/api/claim")  # lets go of what it held, too
+    one.page.wait_for_function("(pair) => document.body.dataset.serving === pair", arg=before)
+    assert [event["kind"] for event in world.journal()] == ["answer"]  # no press answers a pair that nobody sees
     one.problems[:] = [line for line in one.problems if "409" not in line]
 
 

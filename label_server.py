@@ -498,12 +498,12 @@ def settle(store: Store, run: Run) -> None:
     os.close(folder)
     rows, _ = read_lines(run.pending)
     undone, kept = {row["undone"] for row in rows if "undone" in row}, {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.get("id") not in store.answers):  # what was acknowledged comes first
         if "id" in row and row["id"] not in undone and ("barred", row["who"]) not in store.marks:
             kept.setdefault(row["pair"], row)
     write_answers(store, run, list(kept.values()))
     for one in filter(None, map(store.answers.get, undone)):  # it was killed before this was in the log
-        if one.answer in undone and one.counted:
+        if one.answer in undone and one.counted and one.pair not in run.lines:
             store.write({"kind": "undo", "answer": one.answer, "time": store.wall()})
     os.truncate(run.pending, 0)
     run.settled = True
@@ -523,6 +523,8 @@ def take_in(store: Store, run: Run) -> None:
         if line.get("loaded"):  # of another run
             continue
         pair, answer = store.pairs[run.name, number], str(line.get("id", f"{run.name}/{number}"))
+        if answer in store.answers and (store.answers[answer].run, store.answers[answer].pair) != (run.name, number):
+            answer = f"{run.name}/{number}"  # the run was renamed or copied: that answer is the other one's
         if answer in store.answers:
             pair.trains = store.answers[answer]
             continue
@@ -585,13 +587,13 @@ def choose(store: Store, who: str, name: str | None) -> tuple:
             continue
         mine = [one for one in pair.servings if one.who == who]
         wanted = pair.due - {one.shown for one in pair.servings if one.answer}
-        if pair.trains is None:
-            if not any(one.answer for one in mine):
+        if pair.trains is None:  # so no answer to it counts: who may label can give another
+            if not any(one.answer for one in mine) or ("barred", who) not in store.marks:
                 found["new"] = key
         elif pair.trains.who == who:
             if "repeat" in wanted - found.keys() and store.turns[who] - pair.trains.turn > REPEAT_GAP:
                 found["repeat"] = key
-        elif "overlap" in wanted and all(one.shown == "overlap" for one in mine):
+        elif "overlap" in wanted and pair.trains not in store.pending and all(one.shown == "overlap" for one in mine):
             found["overlap"] = key
     return next(((kind, found[kind]) for kind in ("repeat", "overlap", "new") if kind in found), (None, None))
 
@@ -611,9 +613,16 @@ def count_labels(store: Store, run: Run, who: str | None = None) -> int:
     return sum(line["mu"] is not None and who in (None, line.get("who")) for line in given)
 
 
+def is_open(store: Store, one: Serving, runs: set[str]) -> bool:
+    """Whether it still waits for its answer; runs: names of those whose pairs are shown."""
+    is_late = one.shown == "new" and store.pairs[one.run, one.pair].trains
+    return one.run in runs and not one.answer and not is_late
+
+
 def claim(store: Store, body: "ClaimBody") -> Serving | None:
-    now, who = store.clock(), body.labeller
-    held = [one for one in store.servings.values() if one.who == who and not one.answer and one.leased > now]
+    now, who, runs = store.clock(), body.labeller, {run.name for run in store.served()}
+    mine = [one for one in store.servings.values() if one.who == who]
+    held = [one for one in mine if one.leased > now and is_open(store, one, runs)]
     # A pair beyond the one on the screen is for who has enough of them: with few open, others would go without
     here = sum(now - since < LEASE for since in store.here.values())
     if len(held) >= MOST_HELD or (body.held and count_open(store, store.served(body.run), free=True) <= 2 * here):
@@ -622,11 +631,11 @@ def claim(store: Store, body: "ClaimBody") -> Serving | None:
     if not key:
         return None
     pair = store.pairs[key]
-    mine = {one.shown: one for one in pair.servings if one.who == who}
-    if kind in mine:  # its lease ran out: a page that still has it shows it once
-        mine[kind].leased = now + LEASE
-        return mine[kind]
-    swapped = not mine["new"].swapped if kind == "repeat" else random.random() < 0.5
+    for one in pair.servings:
+        if (one.who, one.shown, one.answer) == (who, kind, None):  # its lease ran out: who still has it sees it once
+            one.leased = now + LEASE
+            return one
+    swapped = not pair.trains.swapped if kind == "repeat" else random.random() < 0.5
     row = {"kind": "serving", "id": secrets.token_hex(16), "run": key[0], "pair": key[1], "who": who, "shown": kind}
     store.write(row | {"swapped": swapped, "sums": pair.sums, "time": store.wall()})
     return store.servings[row["id"]]
@@ -640,8 +649,7 @@ def renew(store: Store, body: "ClaimBody") -> list[str]:
     for one in filter(None, map(store.servings.get, body.held)):
         pair = store.pairs[one.run, one.pair]
         is_taken = any(other.leased > now and not other.answer for other in pair.servings if other is not one)
-        is_open = one.run in runs and not one.answer and (one.shown != "new" or pair.trains is None)
-        if one.who == body.labeller and is_open and not is_taken:
+        if one.who == body.labeller and is_open(store, one, runs) and not is_taken:
             one.leased = now + LEASE
             kept.add(one.id)
     return [name for name in body.held if name not in kept]
@@ -827,9 +835,10 @@ def warn(store: Store, stats: dict, answers: list[Serving]) -> list[str]:
     shortest = min((clip["frames"] / clip["fps"] for clip in clips), default=0)
     is_fast = len(answers) >= 10 and stats["seconds"] is not None and stats["seconds"] < shortest
     warnings = ["faster than a clip"] if is_fast else []
-    for name in ("as true sums", "same again", "agree"):
+    guessed = sum((count / len(answers)) ** 2 for count in Counter(one.said for one in answers).values())
+    for name, chance in {"as true sums": 0.5, "same again": guessed, "agree": guessed}.items():
         k, n = stats[name]["k"], stats[name]["n"]
-        if n >= 20 and k < n / 2 + math.sqrt(n):  # two standard deviations of guessing
+        if n >= 20 and k < n * chance + 2 * math.sqrt(n * chance * (1 - chance)):  # two standard deviations of guessing
             warnings.append(f"{name}: near chance")
     return warnings
 
@@ -846,7 +855,8 @@ def statistics(store: Store) -> dict:
         stats = summarise(mine, twice)
         here = store.clock() - store.here.get(who, -math.inf) < LEASE
         marks = {"labeller": who, "here": here, "barred": ("barred", who) in store.marks, "habits": stats}
-        people.append(marks | {"trained": sum(one.counted for one in mine), "warnings": warn(store, stats, mine)})
+        trained = sum(one.counted and one.said != "cant-tell" for one in mine)
+        people.append(marks | {"trained": trained, "warnings": warn(store, stats, mine)})
     for run in store.runs.values():
         of_run = {name: getattr(run, name) for name in ("name", "env_id", "labels", "live", "finished", "clip")}
         of_run |= {mark: (mark, run.name) in store.marks for mark in ("paused", "archived")}
@@ -1160,6 +1170,7 @@ main { position: relative; display: grid; grid: 1fr / 1fr 1fr; gap: var(--gap); 
 @keyframes arrives { 70%, 100% { transform: translate(90px, -45px); } }
 @keyframes stays { 30%, 90% { transform: translateX(18px); } 60% { transform: translateX(-6px); } }
 body:not([data-state=label]) :is(.clip, #seek, footer) { visibility: hidden; }
+#said, body[data-state=waiting] #undo { visibility: visible; }
 body:not([data-state=label]) #notice { display: grid; }
 #seek { width: 100%; height: 4px; }
 footer { display: grid; grid: auto / minmax(max-content, 1fr) auto minmax(max-content, 1fr); gap: var(--gap); }
@@ -1177,7 +1188,7 @@ dialog form { display: flex; gap: 10px; }
 dialog :is(button, input) { padding: 8px 14px; min-width: 0; }
 dialog button { background: var(--accent); color: var(--on-accent); font-weight: 600; }
 dialog input { flex: 1; background: var(--ground); }
-@media (orientation: portrait) {
+@media (orientation: portrait) and (pointer: coarse) {
   main { grid: 1fr 1fr / 1fr; }
   header { font-size: .9em; }
   #question { width: 100%; }
@@ -1290,13 +1301,16 @@ async function showFilms(parent, urls, captions, clip) {
 LABEL_SCRIPT = r"""
 const HOLD = 0.4;  // seconds for which the last frame stays
 const GUARD = 250;  // milliseconds in which a new pair takes no answer: that press was meant for the one before
+const SURPRISE = 500;  // milliseconds more, if it came without a press
+const WEEK = 7 * 86_400_000;  // milliseconds for which an answer is kept whose run or server is away
 const AHEAD = 2;  // pairs that are fetched and decoded beforehand
 const UNDOS = 2;
 const IDLE = 300_000;  // who has not touched anything for so long lets the leases run out
 const KEYS = {ArrowLeft: "left", a: "left", ArrowRight: "right", d: "right", ArrowUp: "equal", "=": "equal",
   ArrowDown: "cant-tell", u: "undo", " ": "pause", ",": "back", ".": "forth", s: "speed", "?": "help"};
 const PLACES = {KeyA: "a", KeyD: "d", KeyU: "u", KeyS: "s", Comma: ",", Period: ".", Slash: "?", Equal: "="};
-const still = matchMedia("(prefers-reduced-motion: reduce)"), portrait = matchMedia("(orientation: portrait)");
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+const portrait = matchMedia("(orientation: portrait) and (pointer: coarse)");  // the clips lie one above the other
 const now = () => Math.floor(performance.timeOrigin + performance.now());  // a clock that is never set back
 // Not crypto.randomUUID: that exists on https and localhost only
 const hex = (byte) => byte.toString(16).padStart(2, "0");
@@ -1308,6 +1322,7 @@ let problem = null;  // that ends it: the name of the state, and words
 let told = {runs: {}};  // how things stand, as the server said last
 let held = [], undoable = [];  // pairs and their pictures: of held the first is on screen, the others follow
 let shown = null, shownAt = 0, touchedAt = 0;
+let pressed = null;  // the pair on which a finger or mouse button went down
 let clock = 0, frame = -1, last = 0, paused = false, speed = 1;
 const out = new Map();  // answers that the server has not acknowledged, in their order
 let unkept = false;  // there is no room for them in the local storage
@@ -1363,6 +1378,14 @@ function present() {
   if (shown && !isTalking() && localStorage.getItem(`read:${shown.pair.task}`) !== shown.pair.instructions) showRules();
 }
 
+// A pair on the screen may go without a press, and another take its place
+function drop(isGone) {
+  const before = shown;
+  held = held.filter((entry) => !isGone(entry));
+  present();
+  if (shown !== before) shownAt += SURPRISE;
+}
+
 // Words -------------------------------------------------------------------------------------------------------------
 function render() {
   const run = shown && told.runs[shown.pair.run], {films = [], clip, runs} = told;
@@ -1382,7 +1405,7 @@ function render() {
   const [words, parent] = $("notice").children;
   words.textContent = problem?.[1]
     || (offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
-    : held.length ? "Two clips are on their way to you." : told.notice);
+    : held.length ? "Two clips are on their way to you." : labeller ? told.notice : "");
   if (parent.dataset.films === films.join()) return;
   parent.dataset.films = films.join();
   showFilms(parent, films, ["at the start", "at the end"], clip);
@@ -1420,8 +1443,9 @@ function sayHello() {
 }
 
 $("rules").onclose = () => shownAt = performance.now();
+$("hello").oncancel = () => $("hello").querySelector("input").value = labeller;
 $("hello").onclose = () => {
-  const name = $("hello").querySelector("input").value.trim();
+  const name = $("hello").querySelector("input").value.replace(/[\x00-\x1f\x7f]+/g, " ").trim();
   if (!name) return sayHello();
   if (name !== labeller) {
     letGo();
@@ -1460,15 +1484,19 @@ async function converse() {
 async function sendAnswers() {
   for (const [key, {url, body}] of out) {  // in order: an undoing after its answer
     const reply = await post(url, body, {keepalive: true});
-    // Such a refusal is for good, and must not stop what comes behind it
     const why = reply.ok ? "" : await refusal(reply, 404, 409, 410, 422);
     if (await refusal(reply, 401, 403)) return;  // until the right link was opened
     if (!reply.ok && !why) throw new Error(reply.status);
+    // Its run is away, or another server is at this address: an answer and its undoing are kept
+    const isKept = [...out.values()].some(({body: {id}}) => id === (body.id || url.split("/")[2]));
+    const isAway = reply.status === 410 || (reply.status === 404 && isKept);
+    if (isAway && now() - key.split(":")[1] < WEEK) continue;
+    // Any other refusal is for good, and must not stop what comes behind it
     out.delete(key);
     localStorage.removeItem(key);
     if (!why) continue;
     say(`not taken: ${why}`);
-    held = held.filter(({id}) => !id || !url.includes(id));  // it can't be undone
+    drop(({id}) => id && url.includes(id));  // it can't be undone
   }
 }
 
@@ -1485,7 +1513,7 @@ async function claim() {
   if (!reply.ok) throw new Error(reply.status);
   const {pair, gone, ...news} = await reply.json();
   [problem, told] = [null, news];
-  held = held.filter(({pair}) => !gone.includes(pair.serving));
+  drop(({pair}) => gone.includes(pair.serving));
   if (!pair || labeller !== asked) return;  // of the name before: the server would refuse the answer
   again = true;
   const entry = {pair};
@@ -1540,8 +1568,7 @@ function send(url, body) {
 }
 
 function answer(which) {
-  // What is first among the pairs here may have changed since the screen did
-  if (!shown || shown !== held[0] || isTalking() || performance.now() - shownAt < GUARD) return;
+  if (!shown || isTalking() || performance.now() - shownAt < GUARD) return;
   const id = newId(), {pair, images} = held.shift(), seconds = (performance.now() - shownAt) / 1000;
   send("api/answers", {id, serving: pair.serving, labeller, answer: which, seconds});
   undoable.push({id, pair, images});
@@ -1572,7 +1599,8 @@ const actions = {
 for (const [id, action] of Object.entries(actions))
   $(id).addEventListener("click", (event) => {
     if (event.detail) $(id).blur();  // the next press of space is for the clips
-    if (event.detail < 2 || !choices.includes(id)) action();
+    const isStale = event.detail > 1 || (event.detail && pressed && pressed !== shown);
+    if (!isStale || !choices.includes(id)) action();
   });
 
 addEventListener("keydown", (event) => {
@@ -1584,7 +1612,9 @@ addEventListener("keydown", (event) => {
   if (id || event.repeat) event.preventDefault();  // a held Enter would press the focused button again and again
   if (id && (!event.repeat || id === "back" || id === "forth")) $(id).click();
 });
+addEventListener("pointerdown", () => pressed = shown);
 addEventListener("pointerdown", touch);
+addEventListener("click", touch, true);  // of a screen reader, which may press nothing
 addEventListener("pointermove", () => document.body.classList.remove("fresh"));
 addEventListener("online", talk);
 addEventListener("pageshow", (event) => event.persisted && comeBack());
@@ -1600,7 +1630,10 @@ addEventListener("pagehide", () => {
   try {
     sessionStorage.setItem("page", JSON.stringify(session));
   } catch { /* it is full */ }
-  for (const {url, body} of out.values()) beacon(url, body);  // sent again later if nothing acknowledges them
+  // Sent again later if nothing acknowledges them. They may overtake each other: an answer that is undone is not sent
+  const undone = [...out.values()].flatMap(({url}) => url.split("/").slice(2, 3));
+  for (const {url, body} of out.values())
+    if (!undone.includes(body.id)) beacon(url, body);
   letGo();
 });
 

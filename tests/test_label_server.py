@@ -314,6 +314,28 @@ def test_a_run_that_comes_back_is_as_it_was(world):
     assert world.claim("Bob") is None
 
 
+def test_a_renamed_run_is_labelled_on(make_world):
+    """Its answers' ids are in the log, under the name that it had."""
+    world = make_world(repeat=1.0)
+    run = world.run("before")
+    first = world.ask(run)
+    world.answer(world.claim())
+    world.look(SETTLED)
+    run.stop()
+    run.folder.rename(world.folder / "after")
+    run.folder = world.folder / "after"
+    run.start()
+    world.look()
+    for _ in range(label_server.REPEAT_GAP):
+        number = world.ask(run)
+        pair = world.claim()
+        assert pair["pair"] == number
+        world.answer(pair)
+    assert world.claim()["pair"] == first
+    world.look(SETTLED)
+    assert len(run.lines()) == len(run.answers()) == label_server.REPEAT_GAP + 1
+
+
 def test_a_run_that_can_not_be_written_at_the_start_keeps_what_is_pending(world, monkeypatch):
     run = world.run()
     number = world.ask(run)
@@ -555,6 +577,41 @@ def test_an_undoing_that_was_stored_and_not_acknowledged_is_done(world, monkeypa
     assert world.answer(pair, "cant-tell")["counted"]
 
 
+def test_an_undoing_that_was_not_taken_does_not_outlive_its_label(world, monkeypatch):
+    """Its line is in pending.jsonl, but the log was full, so it was refused; then the answer went to the trainer."""
+    run = world.run()
+    world.ask(run)
+    answer = world.answer(world.claim(), "equal")["id"]
+    monkeypatch.setattr(world.store, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.undo(answer)
+    monkeypatch.undo()
+    truncate = os.truncate
+    monkeypatch.setattr(label_server.os, "truncate", lambda *_: None)  # killed before it is emptied
+    world.look(SETTLED)
+    monkeypatch.setattr(label_server.os, "truncate", truncate)
+    assert run.answers() == {0: 0.5}
+    reopen(world)
+    world.look(label_server.LEASE + 1)
+    assert world.claim("Bob") is None
+    assert [event["stands"] for event in world.journal()] == [True]
+
+
+def test_of_two_pending_answers_the_acknowledged_one_counts(world, monkeypatch):
+    """Ann's was stored when the log was full, so she was told that it was not; Bob's was taken."""
+    run = world.run()
+    world.ask(run)
+    pair = world.claim("Ann")
+    monkeypatch.setattr(world.store, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.answer(pair, "equal", "Ann")
+    monkeypatch.undo()
+    world.look(label_server.LEASE + 1)
+    world.answer(world.claim("Bob"), "cant-tell", "Bob")
+    reopen(world)
+    assert run.answers() == {0: None}
+
+
 def test_a_full_disk_is_told_and_nothing_is_lost(world, monkeypatch, capsys):
     run = world.run()
     numbers = [world.ask(run) for _ in range(2)]
@@ -619,6 +676,19 @@ def test_a_pair_on_screen_stays_its_persons_over_a_restart(world):
     assert run.answers() == {number: 0.5}
 
 
+def test_a_restart_counts_no_pair_as_held_that_nobody_can_answer_any_more(world):
+    """Bob let each of twelve pairs go, and Ann answered it."""
+    run = world.run()
+    for _ in range(label_server.MOST_HELD):
+        world.ask(run)
+        pair = world.claim("Bob")
+        world.call("POST", "/api/claim", {"labeller": "Bob", "left": [pair["serving"]], "want": False}, expect=200)
+        world.answer(world.claim("Ann"), "equal", "Ann")
+    number = world.ask(run)
+    reopen(world)
+    assert world.claim("Bob")["pair"] == number
+
+
 # Repeats and overlap --------------------------------------------------------------------------------------------------
 def test_repeats_come_twenty_answers_later_with_sides_swapped_and_do_not_train(make_world):
     world = make_world(repeat=1.0)
@@ -654,6 +724,8 @@ def test_overlap_goes_to_one_other_person_and_does_not_train(make_world):
     number = world.ask(run)
     assert world.answer(world.claim("Ann"), "equal", "Ann")["counted"]
     assert world.claim("Ann") is None
+    assert world.claim("Bob") is None  # not while Ann can undo: both would have it on the screen then
+    world.look(SETTLED)
     pair = world.claim("Bob")
     assert pair["pair"] == number
     assert world.claim("Cyd") is None
@@ -766,7 +838,7 @@ def test_statistics_by_hand(make_world, monkeypatch):
         world.ask(run, sums=sums)
         world.now += 10
         world.answer(world.claim(), answer, seconds=float(i))
-    world.now += 100
+    world.look(100)
     for answer in ("right", "equal"):  # newest first: Ann said right, then left
         world.now += 5
         world.answer(world.claim("Bob"), answer, "Bob")
@@ -781,6 +853,7 @@ def test_statistics_by_hand(make_world, monkeypatch):
     # Ann: second, first. Bob: second, equal. Agreed 1/2; by chance 1/4 (second with second).
     assert habits["κ"] is None  # two pairs are too few
     habits = bob["habits"]
+    assert (ann["trained"], bob["trained"]) == (3, 0)  # who can't tell has given no label
     assert (habits["answers"], habits["chose left"]["k"], habits["chose left"]["n"]) == (2, 0, 1)
     assert habits["a minute"] == pytest.approx(12.0)
     (of_run,) = stats["runs"]
@@ -821,11 +894,16 @@ def test_a_barred_person_trains_nothing_from_then_on(world):
     (ann,) = world.call("GET", "/api/stats", role="admin")["labellers"]
     assert (ann["barred"], ann["habits"]["answers"], ann["trained"]) == (True, 3, 1)
     assert [event["barred"] for event in world.journal()] == [True] * 3
+    world.look(label_server.LEASE + 1)
+    assert world.claim() is None  # what trained nothing is not asked again while she is barred
     world.mark("Ann", "barred", False)
+    again = {pair["pair"]: pair for pair in (world.claim() for _ in range(2))}
+    assert again.keys() == {second, third}  # or, with nobody else there, the trainer would wait for ever
+    assert all(world.answer(pair, "equal")["counted"] for pair in again.values())
     fourth = world.ask(run)
     assert world.answer(world.claim(), "equal")["counted"]
     world.look(SETTLED)
-    assert run.answers() == {first: 0.5, fourth: 0.5}
+    assert run.answers() == dict.fromkeys((first, second, third, fourth), 0.5)
 
 
 def test_a_run_is_paused_and_put_away(world):
@@ -861,6 +939,17 @@ def test_who_answers_too_fast_or_at_chance_is_flagged(world):
     assert {doubt["why"] for doubt in stats["doubts"]} == {"against the true rewards"}
     assert {said[0] for doubt in stats["doubts"] for said in doubt["said"]} == {"guessing"}
     assert all(doubt["sums"] == [1.0, 2.0] for doubt in stats["doubts"])
+
+
+def test_who_repeats_by_habit_only_is_flagged(make_world):
+    """By chance somebody with these habits repeats 0.6^2 + 0.4^2 = 0.52 of the answers."""
+    world = make_world()
+    said = ("first",) * 12 + ("equal",) * 8
+    given = [label_server.Serving("", "", 0, "Ann", "new", False, None, 0.0, said=one) for one in said]
+    flag = "same again: near chance"
+    for right, flagged in ((14, True), (16, False)):  # 0.52 * 20 + 2 sqrt(20 * 0.52 * 0.48) = 14.9
+        stats = {name: {"k": right, "n": 20} for name in ("same again", "agree")} | {"as true sums": {"k": 0, "n": 0}}
+        assert (flag in label_server.warn(world.store, stats | {"seconds": None}, given)) == flagged
 
 
 def test_the_csv_has_the_answers_that_stand(world):

@@ -25,7 +25,7 @@ Where this differs from the paper, and why (the evidence is in docs/a2c.md):
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
   * No dropout: with it the reward model needs twice the training to judge another run's clips as well.
-  * Lives are hidden besides the score, but in Space Invaders: a falling counter tells of the ends that the paper hides.
+  * Lives are hidden too, but in Space Invaders: a falling counter tells of the ends that the paper hides.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ QUERY_CANDIDATES = 10  # candidate pairs per pair asked (section 2.2.4)
 OPEN_PAIRS = 100  # --human: during the training at most this many pairs wait for an answer
 REWARD_MINIBATCHES = 4  # update the reward model when at least this many minibatches are due
 STATISTICS_ROWS = 1000  # recent rows over which predicted rewards are normalised
-STD_FLOOR = 0.01  # a member's raw std is taken for at least this: blowing up an uninformed model would pay for noise
+STD_FLOOR = 0.01  # a member is divided by at least this as its std: blowing up an uninformed model would pay for noise
 SHOWN = {"entropy": "losses/entropy", "labels": "labels/used", "ties": "labels/ties"}  # on the progress line
 SHOWN |= {"accuracy": "reward_model/accuracy_heldout", "correlation": "reward_model/correlation"}
 CHANGEABLE = {"total_timesteps", "labels", "wait_for_labels", "device", "threads", "bf16", "reset_every", "log_every",
@@ -208,11 +208,12 @@ def refuse(args: Args) -> None:
         "--labels 0 needs --preferences or --reward-model": not (args.labels or args.true_reward or sources),
         f"--labels {args.labels}: their clips have more steps than the run": shown > args.total_timesteps,
         f"--query-pool-steps must be {pool} at least for such clips": args.labels and args.query_pool_steps < pool,
+        "--human takes clips of 300 steps at most: no picture holds more": args.human and args.clip_length > 300,
     }
     for message in [message for message, wrong in refused.items() if wrong]:
         fail(message)
     if args.resume:
-        return  # what a run needs of others lies in its own directory
+        return  # it was looked at when the run began
     for source in sources:
         other = read_run(source)["args"]
         if other["env_id"] != args.env_id:
@@ -243,7 +244,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume:
         run = read_run(args.resume)
-        if run["script"] != SCRIPT or run["args"].keys() != asdict(args).keys():
+        copy = Path(args.resume) / f"{SCRIPT}.py"
+        is_same = copy.exists() and copy.read_bytes() == Path(__file__).read_bytes()
+        if not is_same or run["args"].keys() != asdict(args).keys():
             fail(f"{args.resume} was begun by another script or version: go on with the copy that lies in it")
         args = tyro.cli(Args, args=argv, default=Args(**run["args"]))
         for name in run["args"]:
@@ -336,8 +339,8 @@ class Envs:
         return self.observe(stacks)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, dict]:
-        """Observations, and (N,) each: history, of the observation that was acted on; and, for oracle, baseline,
-        evaluation and log only, env_rewards, raw; lost, a life or the game; ended, lost or at a time limit."""
+        """Observations, and (N,) each: history, of the observation that was acted on. For oracle, baseline, evaluation
+        and log only: env_rewards, raw; lost, a life or the game; ended, the game's end or a time limit."""
         before = self.history
         stacks, rewards, terminated, truncated, infos = self.games.step(actions)
         ended = terminated | truncated
@@ -498,7 +501,7 @@ class RewardEnsemble(nn.Module):
         """(B, M) raw -> (B,) reward: each member normalised, then averaged, then scaled to reward_std (section 2.2.1).
 
         The average of members that don't agree has less than unit std. Dividing by it undoes that, by sqrt(M) at most:
-        a smaller std comes from STD_FLOOR, and such a model should pay little.
+        a smaller std comes from STD_FLOOR or from members at odds, and such a model should pay little.
         """
         average = ((raw - self.mean) / self.std.clamp(min=STD_FLOOR)).mean(1)
         return reward_std * average / self.average_std.clamp(min=1 / math.sqrt(self.members))
@@ -643,7 +646,7 @@ class Preferences:
         self.labels: list[dict] = []  # arrays of the newest `window`
         self.used = self.ties = self.skipped = self.loaded = 0  # labels of this run, ties among them; no answer; loaded
         lines = read_answers(self.journal)[0]
-        self.first = 1 + max([line["pair"] for line in lines if line.get("loaded")], default=-1)  # pair of this run
+        self.first = 1 + max([line["pair"] for line in lines if line.get("loaded")], default=-1)  # own pair's number
         stored = sorted(int(path.stem) for path in folder.glob("*.npz") if path.stem.isdigit())
         self.asked = max([self.first, asked, *(number + 1 for number in stored if args.human)])
         if args.oracle:
@@ -689,8 +692,11 @@ class Preferences:
     def read(self):
         """Make labels of the answers that are new."""
         lines, self.position = read_answers(self.journal, self.position)
-        new = {line["pair"]: line for line in reversed(lines) if line["pair"] not in self.answered}
-        new = [line for number, line in reversed(new.items()) if number < self.asked]
+        first = {}
+        for line in lines:
+            if line["pair"] < self.asked and line["pair"] not in self.answered:
+                first.setdefault(line["pair"], line)
+        new = list(first.values())
         self.answered |= {line["pair"] for line in new}
         own = [line["mu"] for line in new if not line.get("loaded")]
         self.skipped, self.ties = self.skipped + own.count(None), self.ties + own.count(0.5)
@@ -709,7 +715,7 @@ class Preferences:
     def batch(self, at) -> tuple:
         """Labels at these places of the window: model inputs (2 n L, ...), mu (n,), sums (n, 2), weights (n, M).
 
-        The sums are standardised: what is fitted to them has a scale of its own, and no bias for their mean.
+        The sums are standardised for the ablation `target`: its model has a scale of its own, and no output bias.
         """
         labels = [self.labels[i] for i in at]
         clips = {name: torch.cat([label[name] for label in labels]) for name in CLIP_ARRAYS}
@@ -1118,7 +1124,7 @@ def load_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool) -> Progress
 
 
 def start_anew(key: list[int], envs: Envs, camera: Camera | None) -> tuple[np.ndarray, np.random.Generator]:
-    """Seed environments and generators by (seed, phase, iteration), so that a checkpoint need not hold their states."""
+    """Seed environments and generators by (seed, phase, progress), so that a checkpoint need not hold their states."""
     rng = np.random.default_rng(key)
     seed = int(rng.integers(2**31))
     torch.manual_seed(seed)  # actions
@@ -1146,7 +1152,7 @@ def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarr
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, seed: int) -> np.ndarray:
-    """True, unclipped scores of eval_episodes episodes, one per environment; sampled actions. Moves no training."""
+    """True, unclipped scores of eval_episodes episodes, one per environment; sampled actions. Changes no training."""
     with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
         torch.manual_seed(seed)
         envs = Envs(args, args.eval_episodes)
@@ -1181,6 +1187,7 @@ def keep_large_buffers() -> None:
 def summarise(scores: np.ndarray, preferences: Preferences, progress: Progress, run: dict, args: Args) -> dict:
     """What summary.json holds. JSON has neither infinity nor NaN: what is absent or infinite is null."""
     summary = asdict(args) | asdict(progress) | {"finished": True, "script": SCRIPT, "feedback": args.feedback}
+    del summary["scalars"]
     summary |= {"total_timesteps": args.num_iterations * args.batch_size, "asked": progress.asked - preferences.first}
     summary |= {"labels_used": preferences.used, "labels_loaded": preferences.loaded}
     summary |= {"skipped": preferences.skipped, "ties": preferences.ties}
@@ -1242,8 +1249,8 @@ def train(args: Args) -> dict:
         if args.reward_model:
             ensemble.load_state_dict(read_checkpoint(args.reward_model)["ensemble"])
         obs, rng = start_anew([args.seed, 0, preferences.asked], envs, camera)
-        first_fresh = 0  # clips start at or after this row, so that no row is asked about twice
-        wanted = min(args.labels, args.initial_labels + QUERY_BATCH * args.human)  # people have some to go on with
+        first_fresh = 0  # clips start at or after this row, so that no two batches of questions share one
+        wanted = min(args.labels, args.initial_labels + QUERY_BATCH * args.human)  # people get more for the meantime
         while not pool.count or preferences.used < args.initial_labels:
             tell("initial", preferences, progress, args)  # drawing takes long, and an old status looks dead
             rollout, obs = roll_out(agent, envs, camera, obs, args)
@@ -1274,7 +1281,6 @@ def train(args: Args) -> dict:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share)
         progress.iteration += 1
         progress.global_step += args.batch_size
-        last = progress.iteration == args.num_iterations
 
         # 2. Roll the policy out
         rollout, obs = roll_out(agent, envs, camera, obs, args)
@@ -1300,7 +1306,7 @@ def train(args: Args) -> dict:
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
         policy_log = update_policy(agent, optimizer, [x.flatten(0, 1) for x in batch], args)
 
-        # 5. Ask for what is due and neither answered nor open: a skipped pair is replaced. People have the last tenth
+        # 5. Ask for what is due and neither answered nor open: a skipped pair is replaced. People's schedule ends early
         step, schedule = progress.iteration * args.batch_size, total_steps * (0.9 if args.human else 1.0)
         due = label_schedule(step, schedule, args.initial_labels, args.labels)
         missing = due - preferences.used - preferences.open
@@ -1331,7 +1337,7 @@ def train(args: Args) -> dict:
             scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
             progress.returns = (progress.returns + [score for score, _ in envs.finished])[-20:]
             envs.finished.clear()
-        if last or progress.iteration % args.log_every == 0:
+        if progress.iteration == args.num_iterations or progress.iteration % args.log_every == 0:
             speed = step / progress.seconds
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": speed}
             scalars |= {f"losses/{name}": float(value) for name, value in policy_log.items()}
@@ -1345,7 +1351,7 @@ def train(args: Args) -> dict:
             left = (total_steps - step) / speed / 60
             line = f"{step:>10,} steps {step / total_steps:4.0%} {speed:6,.0f}/s  {left:4.0f} min left"
             line += f"  return {np.mean(progress.returns):.1f}" if progress.returns else "  no episode has ended yet"
-            print(line, *(f" {name} {scalars[key]:.3g}" for name, key in SHOWN.items() if key in scalars), flush=True)
+            print(line, *(f" {name} {scalars[key]:.4g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             if scalars.get("labels/ties", 0) > 0.9:
                 print("warning: nine of ten labels are ties, which teach little")
             if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
@@ -1370,7 +1376,7 @@ def train(args: Args) -> dict:
         wandb_run.summary.update(summary)
         wandb_run.finish()
     if preferences.used < args.labels:
-        print(f"warning: {args.labels - preferences.used} of {args.labels} labels were not answered")
+        print(f"warning: {args.labels - preferences.used} of {args.labels} labels were not given")
     print(f"return {scores.mean():.1f} +- {scores.std():.1f} over {len(scores)} episodes")
     print(f"figure and video: python evaluate.py {shlex.quote(str(run_dir))}")
     lock.release()
@@ -1386,6 +1392,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # a shell's loop ends only if this process dies of the signal itself
         if args.resume:
             print(f"\nto go on from the last checkpoint, at most {args.reset_every * args.batch_size:,} steps back: "
-                  f"python {SCRIPT}.py --resume {shlex.quote(args.resume)}")  # fmt: skip
+                  f"{shlex.join(['python', sys.argv[0], '--resume', args.resume])}")  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -547,6 +547,11 @@ def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path,
     "flags, said",
     [
         *REFUSED,
+        (
+            ["--oracle", "--num-envs", "1", "--num-minibatches", "8", "--num-steps", "15"],
+            "fewer than two steps for each",
+        ),
+        (["--human", "--segment-length", "301", "--query-pool-steps", "40000"], "clips of 300 steps at most"),
         (["--oracle", "--env-id", "ALE/Pnog-v5"], "Did you mean: `Pong`"),
         (["--oracle", "--env-id", "Hopper-v5"], "not an ALE game"),
         (["--oracle", "--labels", "-3"], "--labels"),
@@ -594,9 +599,13 @@ def test_broken_run_directories_are_refused(tmp_path, toy, whole, capsys):
     (good / "checkpoint.pt").write_bytes(checkpoint)
     args = json.loads((good / "args.json").read_text())
     refused("--reward-learning-rate can't be changed beside --resume", resume, good, "--reward-learning-rate", "0.1")
-    for wrong in (args | {"script": "a2c_atari_rlhf"}, args | {"args": args["args"] | {"new": 1}}):
-        (good / "args.json").write_text(json.dumps(wrong))
-        refused("another script or version", resume, good)
+    copy = good / "ppo_atari_rlhf.py"
+    text = copy.read_text()
+    copy.write_text(text.replace("momentum=0.5", "momentum=0.1"))  # no argument tells of it
+    refused("another script or version", resume, good)
+    copy.write_text(text)
+    (good / "args.json").write_text(json.dumps(args | {"args": args["args"] | {"new": 1}}))
+    refused("another script or version", resume, good)
     for text in ("{", "{}"):
         (good / "args.json").write_text(text)
         refused("not a run directory", resume, good)

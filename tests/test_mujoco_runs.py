@@ -640,6 +640,10 @@ def test_a_run_of_people_that_is_resumed_in_its_initial_phase_asks_about_other_c
     "flags, said",
     [
         *REFUSED,
+        (
+            ["--oracle", "--num-envs", "1", "--num-minibatches", "8", "--num-steps", "15"],
+            "fewer than two steps for each",
+        ),
         (["--oracle", "--env-id", "Hoper-v5"], "Hopper"),
         (["--oracle", "--env-id", "CartPole-v1"], "not a MuJoCo task"),
         (["--oracle", "--env-id", "Pendulum-v1"], "not a MuJoCo task"),
@@ -688,8 +692,7 @@ def test_what_does_not_fit_a_run_is_refused(tmp_path, quick, capsys):
     pair.write_bytes(whole[: len(whole) // 2])
     refused("00000007.npz can't be read", resume, source, "--total-timesteps", "3840")
     pair.write_bytes(whole)
-    args = json.loads((source / "args.json").read_text())
-    (source / "args.json").write_text(json.dumps(args | {"script": "ppo_atari_rlhf"}))
+    (source / "ppo_mujoco_rlhf.py").rename(source / "ppo_atari_rlhf.py")
     refused("another script or version", resume, source)
 
 

@@ -1,10 +1,12 @@
 """What is the same text in several scripts, as tests/test_siblings.py sees to, against numbers worked out by hand."""
 
+import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +42,22 @@ def test_no_further_epoch_after_one_that_went_too_far(monkeypatch, target, epoch
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
     logged = mujoco.update_policy(agent, optimizer, [rows] + [rows[:, 0]] * 5, np.random.default_rng(0), args)
     assert logged["epochs"] == epochs and len(list(kls)) == 8 - 2 * epochs
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_summary_is_json_for_everybody(script):
+    """NaN and infinity, of a run whose labels are all ties, are Python's words."""
+    args = script.parse_args(["--oracle"])
+    labels = SimpleNamespace(first=0, used=9, loaded=0, skipped=0, ties=9)
+    scalars = {"reward_model/accuracy_heldout": math.nan, "reward_model/loss": math.nan, "losses/entropy": 1.5}
+    progress = script.Progress(iteration=1, asked=9, scalars=scalars)
+    summary = script.summarise(np.array([1.0, 3.0]), labels, progress, {"commit": None}, args)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    found = {
+        name: summary[name] for name in ("final_return_mean", "final_return_std", "entropy", "teacher_beta", "asked")
+    }
+    assert list(found.values()) == [2.0, 1.0, 1.5, None, 9]
+    assert summary["reward_accuracy_heldout"] is None
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

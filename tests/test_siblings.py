@@ -34,14 +34,14 @@ SHARED = """
 # In all scripts, with more than one text
 DIFFERENT = {
     "ppo_atari | ppo_mujoco | a2c_atari": """
-        Args
+        Args refuse
         update_policy
         train
     """,
     "ppo_atari = ppo_mujoco | a2c_atari": "policy_loss",
     "ppo_atari = a2c_atari | ppo_mujoco": """
         PACKAGES CLIP
-        refuse parse_args
+        parse_args
         Envs Camera
         Agent
         RewardEnsemble make_models

@@ -24,7 +24,7 @@ Where this differs from the paper, and why (the evidence is in docs/a2c.md):
   * RMSProp in TensorFlow's form, not "Adam with alpha 0.99": the baselines' A2C, whose settings these are, had that.
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
-  * No dropout: with it the reward model needs twice the training to judge another run's clips as well.
+  * No dropout: without it the reward model learns faster to judge another run's clips.
   * Lives are hidden too, but in Space Invaders: a falling counter tells of the ends that the paper hides.
 """
 

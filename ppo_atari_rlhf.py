@@ -26,7 +26,7 @@ Where this differs from the paper, and why (the evidence is in docs/atari.md):
   * The label rate falls smoothly, not in steps every 5M frames: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
   * One label presentation per 32 environment steps, not 10 (--pairs-per-step 0.1 is the paper's; it costs speed).
   * Pre-training ends when the held-out loss stops falling, not after 200 epochs: those fit 500 labels by heart.
-  * No dropout: with it the reward model needs twice the training to judge another run's clips as well.
+  * No dropout: without it the reward model learns faster to judge another run's clips.
   * Rewards of std 0.15, as Pong's clipped score has, not 0.05: to PPO it only weighs and clips the value loss.
   * Lives are hidden too, but in Space Invaders: a falling counter tells of the ends that the paper hides.
 """

@@ -3,7 +3,7 @@
     python benchmarks/kill_resume.py --kills 10                                  # half an hour on 2 cores
     python benchmarks/kill_resume.py --script ppo_mujoco_rlhf.py --kills 10      # three minutes
 
-Every third kill is followed by another while the resumed run is still starting, and before each resumption the run's
+Every third kill hits a run that is still starting, and before each resumption the run's
 directory gets another name. Other flags go to the script.
 
 Writes a line of JSON per kill and run. Ends with exit code 1 where anything of the last checkpoint differs, parameters,

@@ -34,7 +34,7 @@ FLAGS = ["--env-id", "Hopper-v5", "--total-timesteps", "5000000", "--device", "c
 ORACLE = ["--oracle", "--labels", "700"]
 CLEANRL, ONE = "CleanRL's ppo_continuous_action.py, true reward", f"{SCRIPT} --oracle"
 BEFORE, TWO = f"{ONE}, first generation", "two such at once"
-TIMED_FROM = 80_000  # steps; of the first 57,000 are the initial labels
+TIMED_FROM = 80_000  # steps, of which the first generation counts the initial labels' 57,000 too: it is timed earlier
 
 
 def candidates(steps: int, before: Path | None) -> dict:

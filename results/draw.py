@@ -158,6 +158,9 @@ def so_far(run_dir: Path, run: dict, logged: dict[str, dict[int, float]]) -> dic
     row |= {"sps": progress["iteration"] * batch / max(progress["seconds"], 1e-9)}
     last = {tag: [v for step, v in values.items() if step <= row["global_step"]][-1:] for tag, values in logged.items()}
     row |= {column: last[tag][0] for tag, column in LOGGED_LAST.items() if last.get(tag)}
+    if args["preferences"]:
+        lines = (run_dir / "preferences" / "answers.jsonl").read_text().splitlines()
+        row["labels_loaded"] = sum('"loaded": true' in line for line in lines)
     row["ties"] = round(row.get("labels_used", 0) * (last.get("labels/ties") or [0])[0])
     return row
 
@@ -441,6 +444,7 @@ def draw_atari(named: set[str]) -> None:
     for env_id in sorted({row["env_id"] for row in every}):
         rows = [row for row in every if row["env_id"] == env_id]
         drawn = newest([row for row in rows if row["run"] not in named])
+        drawn = last_scores(drawn) + [row for row in drawn if not ended(row)]
         groups: dict[str, list[str]] = defaultdict(list)  # label -> runs
         for row in drawn:
             label = f"{algorithm(row)}, {described(row)}"
@@ -448,6 +452,8 @@ def draw_atari(named: set[str]) -> None:
             label += f", {budget(row)[0] / 1e6:.2g}M steps" * (len(lengths) > 1)
             label += f", {row['commit']}" * first_generation(row)
             label += "" if ended(row) else f", seed {row['seed']}, not ended"
+            if label in groups and not ended(row):  # two runs of one seed differ in what the row does not tell
+                label += f", begun at {row['run'].split('__')[-1]}"
             groups[label].append(row["run"])
         own = [row for row in rows if row["run"] in named]
         styles = named_styles(own)
@@ -534,7 +540,7 @@ def draw_mujoco(named: set[str]) -> None:
         rows = [row for row in known_here if budget(row) == longest]
         left_out = len(known_here) - len(rows)
         if left_out:
-            print(f"{task}: not drawn are {left_out} runs of fewer steps, or of the first generation")
+            print(f"{task}: not drawn are {left_out} runs of other lengths, or of the first generation")
         for name, colour in SOURCES.items():
             label = "true reward" if name == "true-reward" else f"{int(name):,} labels"
             found = [row for row in rows if source(row) == name]

@@ -1093,11 +1093,11 @@ def stop_at_infinity(run_dir: Path, progress: Progress):
 
 
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
-    """Tensors and numbers only; parameters are finite."""
-    values = [*modules["agent"].parameters(), *modules["ensemble"].parameters()]
+    """Tensors and numbers only; parameters and statistics are finite."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    values = [*state["agent"].values(), *state["ensemble"].values()]
     if not all(value.isfinite().all() for value in values):
         stop_at_infinity(run_dir, progress)
-    state = {name: module.state_dict() for name, module in modules.items()}
     state |= {"progress": asdict(progress), "pool": vars(pool)}
     write_whole(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
 

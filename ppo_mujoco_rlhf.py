@@ -18,10 +18,10 @@ oracle appends that line at once, label_server.py when somebody has looked.
     python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id Reacher-v5 --total-timesteps 100000   # a minute
     python ppo_mujoco_rlhf.py --oracle --labels 700    # Hopper, 5M steps: 15 to 40 minutes on one CPU core
     python ppo_mujoco_rlhf.py --human --labels 700     # people answer; beside it: python label_server.py
-    python ppo_mujoco_rlhf.py --true-reward            # the same learner on the same observations, paid by the task
+    python ppo_mujoco_rlhf.py --true-reward            # the same observations, paid by the task; no entropy bonus
 
 Where this differs from the paper, and why (the evidence is in docs/mujoco.md):
-  * PPO instead of TRPO. Its passes over a rollout end where the policy is a KL divergence of 0.02 away.
+  * PPO instead of TRPO. Passes over a rollout end after one of mean KL divergence over 0.02.
   * Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
   * Actions keep a std of 0.14: a policy that a wrong first reward has led astray does not come back without noise.
@@ -129,7 +129,7 @@ class Args:
     env_id: str = "Hopper-v5"  # any MuJoCo task registered with Gymnasium, or module:MyTask-v0
     num_envs: Count = 16  # environments stepped in turn
 
-    # Policy optimisation (CleanRL's ppo_continuous_action.py but for gamma and lambda, from A.1, sizes, what it lacks)
+    # Policy optimisation (names of CleanRL's ppo_continuous_action.py; gamma and lambda from A.1; the rest was tuned)
     learning_rate: Positive = 1e-3  # of the policy's Adam
     anneal_lr: bool = True  # let that rate fall linearly to zero
     num_steps: Count = 128  # steps per environment in one rollout
@@ -302,6 +302,8 @@ def make_task(env_id: str, **kwargs) -> gym.Env:
         fail(f"{env_id} can't be made: {error}")
     if not isinstance(task.unwrapped, MujocoEnv):
         fail(f"{env_id} is not a MuJoCo task, as Hopper-v5 is one")
+    if not (task.action_space.low < task.action_space.high).all():
+        fail(f"{env_id} has an actuator without a ctrlrange: there would be one action only")
     return task
 
 
@@ -322,7 +324,7 @@ def paper_reward(env_id: str, robot: MujocoEnv, x_before: float) -> float:
             return (data.qpos[0] - x_before) / robot.dt + data.qpos[2] - 1.2
         case "Reacher-v5":
             return -np.linalg.norm(robot.get_body_com("fingertip") - robot.get_body_com("target"))
-        case "InvertedDoublePendulum-v5":  # Gymnasium pays the 10 while the tip is above 1 only, the paper always
+        case "InvertedDoublePendulum-v5":  # Gymnasium pays the 10 while the tip is above 1 only, rl-teacher always
             x, _, y = data.site_xpos[0]
             _, v1, v2 = data.qvel
             return 10 - 0.01 * x**2 - (y - 2) ** 2 - 1e-3 * v1**2 - 5e-3 * v2**2 + 10 * (y - 1)
@@ -333,8 +335,8 @@ def paper_reward(env_id: str, robot: MujocoEnv, x_before: float) -> float:
 class Envs:
     """num_envs robots, stepped in turn, in the paper's form (A.1): episodes of one length that nothing ends before.
 
-    Observations: (N, D) float32, raw. The paper's tasks are stepped by MuJoCo itself, since half of the time of
-    Gymnasium's steps goes into infos, checks and wrappers; any other task steps itself, and pays its own reward.
+    Observations: (N, D) float32, raw. The paper's tasks are stepped by MuJoCo itself, since a quarter to a half of
+    Gymnasium's time goes into infos, checks and wrappers; any other task steps itself, and pays its own reward.
     """
 
     def __init__(self, args: Args, num_envs: int):
@@ -880,7 +882,7 @@ def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
             obs, actions, *rest = (b[mb_inds] for b in rollout)
             _, newlogprob, entropy, newvalue, excess = agent.get_action_and_value(obs, actions)
             loss, info = policy_loss(newlogprob, entropy, newvalue, *rest, args)
-            # Out of bounds all actions are one action, so nothing in PPO's loss leads a mean back that got there
+            # Far out of bounds all actions are one action, so nothing in PPO's loss leads a mean back that got there
             loss, info["out_of_bounds"] = loss + args.bound_coef * excess.mean(), excess.detach().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -1136,11 +1138,11 @@ def stop_at_infinity(run_dir: Path, progress: Progress):
 
 
 def save_checkpoint(run_dir: Path, modules: dict, pool: SegmentPool, progress: Progress) -> None:
-    """Tensors and numbers only; parameters are finite."""
-    values = [*modules["agent"].parameters(), *modules["ensemble"].parameters()]
+    """Tensors and numbers only; parameters and statistics are finite."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    values = [*state["agent"].values(), *state["ensemble"].values()]
     if not all(value.isfinite().all() for value in values):
         stop_at_infinity(run_dir, progress)
-    state = {name: module.state_dict() for name, module in modules.items()}
     state |= {"progress": asdict(progress), "pool": vars(pool)}
     write_whole(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
 

@@ -8,8 +8,8 @@ With people, as the paper's authors did it (900 answers, less than an hour of th
         --env-id examples.backflip:HopperBackflip-v0
 
 With --oracle in place of --human the reward below answers in their stead: a robot labeller, for trying the task out
-and for scores, with which nobody has to sit there. Who has people needs none: return 0.0, {} then, it's shown in no clip
-and paid to nobody. How an episode ends isn't told here either: the script hides all ends but the time limit.
+and for scores, with which nobody has to sit there. Who has people needs none: return 0.0, {} then. It's shown in no
+clip and paid to nobody. How an episode ends isn't told here either: the script hides all ends but the time limit.
 """
 
 import gymnasium as gym

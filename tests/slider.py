@@ -30,12 +30,12 @@ MODEL = """
 class Slider(MujocoEnv):
     metadata: ClassVar[dict] = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 20}
 
-    def __init__(self, folder=None, **kwargs):
+    def __init__(self, model=MODEL, **kwargs):
         import tempfile
         from pathlib import Path
 
         with tempfile.NamedTemporaryFile("w", suffix=".xml") as file:
-            file.write(MODEL)
+            file.write(model)
             file.flush()
             space = gym.spaces.Box(-np.inf, np.inf, (2,))
             super().__init__(str(Path(file.name)), 2, observation_space=space, **kwargs)
@@ -54,3 +54,5 @@ class Slider(MujocoEnv):
 
 
 gym.register("Slider-v0", Slider, max_episode_steps=50)
+unbounded = MODEL.replace(' ctrllimited="true" ctrlrange="-1 1"', "")
+gym.register("Unbounded-v0", Slider, max_episode_steps=50, kwargs={"model": unbounded})

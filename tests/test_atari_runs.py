@@ -463,14 +463,16 @@ def test_numbers_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_pa
 @pytest.mark.parametrize("module", ["agent", "ensemble"])
 def test_one_number_that_is_not_finite_keeps_a_checkpoint_from_being_saved(tmp_path, module):
     modules = {"agent": torch.nn.Linear(2, 2), "ensemble": torch.nn.Linear(2, 2)}
+    modules[module].register_buffer("mean", torch.zeros(1))
     pool, progress = script.SegmentPool(0, 1, "cpu"), script.Progress()
     script.save_checkpoint(tmp_path, modules, pool, progress)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with torch.no_grad():
-        modules[module].weight[1, 0] = math.inf
-    with pytest.raises(SystemExit) as end:
-        script.save_checkpoint(tmp_path, modules, pool, progress)
-    assert "are not finite" in end.value.code and (tmp_path / "checkpoint.pt").read_bytes() == before
+    for broken in (modules[module].weight.data[1], modules[module].mean):
+        broken[0] = math.inf
+        with pytest.raises(SystemExit) as end:
+            script.save_checkpoint(tmp_path, modules, pool, progress)
+        assert "are not finite" in end.value.code and (tmp_path / "checkpoint.pt").read_bytes() == before
+        broken[0] = 0.0
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_the_run(tmp_path, toy):

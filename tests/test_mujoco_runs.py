@@ -651,6 +651,7 @@ def test_a_run_of_people_that_is_resumed_in_its_initial_phase_asks_about_other_c
         (["--oracle", "--env-id", ""], "can't be made"),
         (["--oracle", "--env-id", "nomodule:Mine-v0"], "nomodule"),
         (["--oracle", "--env-id", "slider:Mine-v0"], "slider:Mine-v0 can't be made"),
+        (["--oracle", "--env-id", "slider:Unbounded-v0"], "an actuator without a ctrlrange"),
         (["--oracle", "--env-id", "HalfCheetah-v5", "--labels", "-3"], "-3 is not in [0"),  # no log of MuJoCo's own
         (["--oracle", "--labels", "1400", "--total-timesteps", "20000"], "more steps than the run"),
         (["--oracle", "--segment-length", "0"], "0 is not in [1"),

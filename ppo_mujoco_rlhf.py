@@ -24,6 +24,7 @@ Where this differs from the paper, and why (the evidence is in docs/mujoco.md):
   * PPO instead of TRPO. Passes over a rollout end after one of mean KL divergence over 0.02.
   * Mean actions out of bounds are penalised: wrong first rewards lead a policy there, and nothing leads it back.
   * The paper's entropy bonus falls to zero by half of the run: to the end it held the std of Walker2d's actions near 1.
+  * The torso's angle is wrapped to half a turn: no fall ends an episode, and a robot that tumbles winds it up.
   * Actions keep a std of 0.14: a policy that a wrong first reward has led astray does not come back without noise.
   * 5M steps instead of 20M; labels per run are the paper's, so they come four times as densely.
   * The label rate falls smoothly: L(T) = L(0) + (N - L(0)) ln(1 + T/tau) / ln 11.
@@ -288,6 +289,8 @@ SEGMENT_LENGTH = {
     "InvertedDoublePendulum-v5": 15,
     "InvertedPendulum-v5": 15,
 }
+# Place in the observation of the angle that nothing limits: no fall ends an episode, so a tumbling robot winds it up
+UNLIMITED = {"Walker2d-v5": 1, "Hopper-v5": 1, "HalfCheetah-v5": 1, "Swimmer-v5": 0}
 EPISODE_LENGTH = {"InvertedPendulum-v5": 250}  # its pole falls within 20 steps: of 1,000, too little to learn from
 
 
@@ -372,6 +375,9 @@ class Envs:
                 led_to[i], rewards[i] = robot._get_obs(), paper_reward(self.env_id, robot, x_before)
             else:
                 led_to[i], rewards[i], *_ = self.tasks[i].step(executed[i])
+        if self.env_id in UNLIMITED:
+            angles = led_to[:, UNLIMITED[self.env_id]]
+            angles -= 2 * np.pi * np.rint(angles / (2 * np.pi))
         self.left, self.score, self.length = self.left - 1, self.score + rewards, self.length + 1
         obs, ended = led_to.copy(), self.left == 0
         for i in np.flatnonzero(ended):

@@ -54,7 +54,7 @@ DIFFERENT = {
 # Not in all scripts
 ONLY = {
     "ppo_atari = a2c_atari": "HUD hide hidden_band make_games oracle_rewards_of keep_large_buffers",
-    "ppo_mujoco": "RENDERER SEGMENT_LENGTH EPISODE_LENGTH LEAST_LOGSTD MOST_FRAMES make_task paper_reward",
+    "ppo_mujoco": "RENDERER SEGMENT_LENGTH UNLIMITED EPISODE_LENGTH LEAST_LOGSTD MOST_FRAMES make_task paper_reward",
     "a2c_atari": "RMSpropTF",
 }
 

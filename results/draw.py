@@ -158,7 +158,7 @@ def so_far(run_dir: Path, run: dict, logged: dict[str, dict[int, float]]) -> dic
     row |= {"sps": progress["iteration"] * batch / max(progress["seconds"], 1e-9)}
     last = {tag: [v for step, v in values.items() if step <= row["global_step"]][-1:] for tag, values in logged.items()}
     row |= {column: last[tag][0] for tag, column in LOGGED_LAST.items() if last.get(tag)}
-    if args["preferences"]:
+    if args.get("preferences"):
         lines = (run_dir / "preferences" / "answers.jsonl").read_text().splitlines()
         row["labels_loaded"] = sum('"loaded": true' in line for line in lines)
     row["ties"] = round(row.get("labels_used", 0) * (last.get("labels/ties") or [0])[0])

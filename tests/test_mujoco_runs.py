@@ -735,7 +735,7 @@ def test_signals_end_a_run_as_a_shell_expects_and_what_resumes_it_is_the_same_ru
         flags = ["--resume", str(only(folder))]
     cut = only(folder)
     assert "Traceback" not in errors and f"--resume '{cut}'" in shown and not (cut / "summary.json").exists()
-    line = shown.split(" steps back: ", 1)[1].replace("python ppo_mujoco_rlhf.py", " ".join(command()))
+    line = shown.split(" steps back: ", 1)[1].replace("python", sys.executable, 1)
     end = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert end.returncode == 0 and not end.stderr, end.stderr
     assert state_of(cut) == state_of(only(tmp_path / "whole"))

@@ -397,7 +397,7 @@ def test_a_loaded_page_goes_on_with_the_pairs_it_had(world, visit):
     one.wait()
     one.page.wait_for_function(READY)
     serving = one.serving()
-    one.page.goto(f"{world.url}/openapi.json")  # not a reload: the new page's first request may overtake the old one's last
+    one.page.goto(f"{world.url}/openapi.json")  # in a reload the first request may overtake the old page's last
     for _ in range(100):
         if all(held.leased <= world.now for held in world.store.servings.values()):
             break

@@ -501,7 +501,7 @@ class Agent(nn.Module):
         """Actions (B, A), not clamped yet, and (B,) each: their log-probability, entropy, value, and the square of how
         far the mean lies out of bounds."""
         x = self.normalise(x)
-        mean, logstd = self.actor_mean(x), self.actor_logstd.clamp(min=LEAST_LOGSTD)
+        mean, logstd = self.actor_mean(x), self.actor_logstd
         std = logstd.exp()
         if action is None:
             action = mean + std * torch.empty_like(mean).normal_()
@@ -894,6 +894,8 @@ def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
             loss.backward()
             info["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
+            # Not in the forward pass: beneath a clamp there is no gradient, and a std that got there stays
+            agent.actor_logstd.data.clamp_(min=LEAST_LOGSTD)
             logged.append(info)
         approx_kl = torch.stack([info["approx_kl"] for info in logged[-args.num_minibatches :]]).mean()
         if approx_kl > args.target_kl:

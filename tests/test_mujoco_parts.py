@@ -458,17 +458,20 @@ def test_logprob_and_entropy_are_those_of_a_normal_distribution():
         assert torch.allclose(again[1], normal.log_prob(action + 0.3).sum(-1), atol=1e-5)
 
 
-def test_actions_keep_a_std_of_e_to_minus_two():
-    """What acts, and what its log-probability and entropy are of, is the same distribution."""
-    agent, obs = make_agent(), torch.randn(1, 5).expand(20_000, 5)
-    with torch.no_grad():
-        agent.actor_logstd.copy_(torch.tensor([-9.0, -1.0]))
-        actions, logprobs, entropy, *_ = agent.get_action_and_value(obs)
-        mean, stds = agent.actor_mean(agent.normalise(obs)), torch.tensor([math.exp(-2), math.exp(-1)])
-    normal = torch.distributions.Normal(mean, stds.expand(20_000, 2))
-    assert torch.allclose(actions.std(0), stds, rtol=0.03)
-    assert torch.allclose(logprobs, normal.log_prob(actions).sum(-1), atol=1e-5)
-    assert torch.allclose(entropy, normal.entropy().sum(-1), atol=1e-5)
+def test_actions_keep_a_std_of_e_to_minus_two_and_get_a_wider_one_back():
+    """Where near actions pay for long, and far ones later. A clamp in the forward pass would let no gradient through."""
+    args = make_args("--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4", "--ent-coef", "0")
+    torch.manual_seed(0)
+    agent, rng, obs = bare_agent(3, 1, -1.9), np.random.default_rng(0), torch.randn(256, 3)
+    optimizer, stds = torch.optim.Adam(agent.parameters(), lr=3e-3), []
+    for sign in [-1] * 20 + [1] * 20:
+        with torch.no_grad():
+            actions, logprobs, _, values, _ = agent.get_action_and_value(obs)
+            rewards = sign * (actions - agent.actor_mean(agent.normalise(obs)))[:, 0].square()
+        script.update_policy(agent, optimizer, (obs, actions, logprobs, rewards, rewards, values), rng, args)
+        stds.append(agent.actor_logstd.exp().item())
+    assert stds[19] == pytest.approx(math.exp(-2), rel=1e-6) and min(stds) >= stds[19]
+    assert stds[-1] > 1.2 * math.exp(-2)
 
 
 def test_actions_follow_the_policys_mean_and_std_and_the_seed():

@@ -131,7 +131,7 @@ class Args:
     num_envs: Count = 16  # environments stepped in turn
 
     # Policy optimisation (names of CleanRL's ppo_continuous_action.py; gamma and lambda from A.1; the rest was tuned)
-    learning_rate: Positive = 1e-3  # of the policy's Adam
+    learning_rate: Positive = 3e-4  # of the policy's Adam
     anneal_lr: bool = True  # let that rate fall linearly to zero
     num_steps: Count = 128  # steps per environment in one rollout
     gamma: Share = 0.995  # discount

@@ -459,7 +459,7 @@ def test_logprob_and_entropy_are_those_of_a_normal_distribution():
 
 
 def test_actions_keep_a_std_of_e_to_minus_two_and_get_a_wider_one_back():
-    """Where near actions pay for long, and far ones later. A clamp in the forward pass would let no gradient through."""
+    """Where near actions pay for long, and far ones later. A clamp in forward would let no gradient through."""
     args = make_args("--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4", "--ent-coef", "0")
     torch.manual_seed(0)
     agent, rng, obs = bare_agent(3, 1, -1.9), np.random.default_rng(0), torch.randn(256, 3)

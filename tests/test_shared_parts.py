@@ -25,6 +25,7 @@ class Stub(torch.nn.Module):
     def __init__(self, outputs: int):
         super().__init__()
         self.layer, self.outputs = torch.nn.Linear(1, 1), outputs
+        self.actor_logstd = torch.nn.Parameter(torch.zeros(1))  # ppo_mujoco_rlhf.py bounds it
 
     def get_action_and_value(self, obs, actions):
         return (self.layer(obs).sum(),) * self.outputs

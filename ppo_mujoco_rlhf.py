@@ -16,7 +16,7 @@ A pair is a file, preferences/<number>.npz in the run's directory; an answer is 
 oracle appends that line at once, label_server.py when somebody has looked.
 
     python ppo_mujoco_rlhf.py --oracle --labels 100 --env-id HalfCheetah-v5 --total-timesteps 100000   # a minute or two
-    python ppo_mujoco_rlhf.py --oracle --labels 700    # Hopper, 5M steps: 20 to 50 minutes on one CPU core
+    python ppo_mujoco_rlhf.py --oracle --labels 700    # Hopper, 5M steps: 15 to 60 minutes on one CPU core
     python ppo_mujoco_rlhf.py --human --labels 700     # people answer; beside it: python label_server.py
     python ppo_mujoco_rlhf.py --true-reward            # the same observations, paid by the task; no entropy bonus
 

@@ -127,13 +127,11 @@ def seen(env_id, obs):
     return obs
 
 
-@pytest.mark.parametrize(
-    ("env_id", "joint"), [("Walker2d-v5", 2), ("Hopper-v5", 2), ("HalfCheetah-v5", 2), ("Swimmer-v5", 2)]
-)
+@pytest.mark.parametrize("env_id", ["Walker2d-v5", "Hopper-v5", "HalfCheetah-v5", "Swimmer-v5"])
 @pytest.mark.parametrize("turns", [-3, 0, 1])
-def test_a_pose_looks_the_same_however_often_the_torso_has_turned(env_id, joint, turns):
+def test_a_pose_looks_the_same_however_often_the_torso_has_turned(env_id, turns):
     """Gymnasium ends an episode when it has fallen; here it may tumble on."""
-    observations = []
+    observations, joint = [], 2  # behind the torso's two positions
     for k in (0, turns):
         envs = make_envs(env_id, 1)
         envs.reset(1)

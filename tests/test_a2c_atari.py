@@ -19,8 +19,8 @@ from test_atari_runs import resume as resume_any
 from test_atari_runs import run as run_any
 
 SMALL = ["--num-envs", "4", "--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64"]
-SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "4", "--threads", "1", "--device", "cpu"]
-SMALL += ["--eval-episodes", "2", "--reset-every", "12", "--log-every", "20"]
+SMALL += ["--pairs-per-step", "0.1", "--reward-minibatch-size", "2", "--threads", "1", "--device", "cpu"]
+SMALL += ["--eval-episodes", "1", "--reset-every", "12", "--log-every", "20"]
 FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "640"]
 
 

@@ -80,6 +80,7 @@ def play_toy(monkeypatch, script):
     """Let a script's runs play the toy; its A2C sibling's tests use this too."""
     monkeypatch.setattr(script, "make_games", lambda args, num_envs, **kwargs: Toy(num_envs, **kwargs))
     monkeypatch.setattr(script, "QUERY_BATCH", 3)
+    monkeypatch.setattr(script, "QUERY_CANDIDATES", 3)
     monkeypatch.setattr(script, "REWARD_MINIBATCHES", 1)
     monkeypatch.setattr(script, "STATISTICS_ROWS", 100)
     return monkeypatch
@@ -99,8 +100,8 @@ def whole(tmp_path_factory):
 
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1", "--device", "cpu"]
-SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64", "--pairs-per-step", "0.25"]
-SMALL += ["--reward-minibatch-size", "4", "--threads", "1", "--eval-episodes", "2", "--reset-every", "4"]
+SMALL += ["--segment-length", "4", "--query-pool-steps", "600", "--pretrain-pairs", "64", "--pairs-per-step", "0.125"]
+SMALL += ["--reward-minibatch-size", "2", "--threads", "1", "--eval-episodes", "1", "--reset-every", "4"]
 FEEDBACK = ["--oracle", "--labels", "48", "--total-timesteps", "768"]  # 12 iterations, labels in batches of three
 TEACHER = ["--teacher-mistake", "0.2", "--teacher-equal", "0.3", "--teacher-skip", "0.3", "--teacher-beta", "2"]
 
@@ -126,9 +127,9 @@ def digest(run_dir) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
-LEARNING = ["--oracle", "--labels", "120", "--total-timesteps", "5120", "--learning-rate", "1e-3"]
+LEARNING = ["--oracle", "--labels", "120", "--total-timesteps", "2560", "--learning-rate", "1e-3"]
 LEARNING += ["--pretrain-pairs", "256", "--reward-minibatch-size", "8", "--reset-every", "6", "--update-epochs", "2"]
-LEARNING += ["--reward-learning-rate", "1e-3", "--num-steps", "32", "--eval-episodes", "4"]
+LEARNING += ["--reward-learning-rate", "1e-3", "--pairs-per-step", "0.25", "--num-steps", "32", "--eval-episodes", "4"]
 
 
 def test_the_policy_learns_from_comparisons(tmp_path, toy):
@@ -515,7 +516,7 @@ def test_people_are_waited_for_and_all_labels_are_used(tmp_path, toy):
 
     toy.setattr(script, "ask", seen_ask)
     toy.setattr(script.time, "sleep", answer_while_waiting)
-    summary = run(tmp_path, "--human", "--labels", "40", "--total-timesteps", "2560")
+    summary = run(tmp_path, "--human", "--labels", "40", "--total-timesteps", "1280")
     assert summary["labels_used"] == 40 and summary["skipped"] > 5
     assert len(told) > 3 and all(told)  # the page never knows less than it did before a batch was drawn
     assert waits[0] == ("initial", 0) and any(phase == "training" for phase, _ in waits)
@@ -533,7 +534,7 @@ def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path,
         people(only(tmp_path), lambda n, a, b: float(n % 2))
 
     toy.setattr(script.time, "sleep", mortal)
-    flags = ["--human", "--labels", "40", "--total-timesteps", "2560"]
+    flags = ["--human", "--labels", "40", "--total-timesteps", "1280"]
     kill(run, tmp_path, *flags)
     run_dir = only(tmp_path)
     asked = len(list((run_dir / "preferences").glob("*.npz")))
@@ -680,7 +681,7 @@ def command(*flags, script="ppo_atari_rlhf.py"):
 REAL = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--device", "cpu"]
 REAL += ["--threads", "1", "--pretrain-pairs", "128", "--query-pool-steps", "2000", "--reset-every", "3"]
 REAL += ["--eval-episodes", "1", "--log-every", "1", "--reward-minibatch-size", "4", "--env-id", "ALE/Seaquest-v5"]
-REAL += ["--oracle", "--labels", "8", "--total-timesteps", "1024"]
+REAL += ["--oracle", "--labels", "8", "--segment-length", "8", "--total-timesteps", "1024"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])

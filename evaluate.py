@@ -200,7 +200,7 @@ def evaluate(args: Args) -> dict:
     try:
         recorder.camera = script.Camera(used, 1, VIDEO_STEPS)
         recorder.camera.env_id = None  # whose score it would hide
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task of one's own that takes no size of a picture ends so
         print(f"no video: nothing can be drawn here ({error.__class__.__name__}); Debian's libegl1 has what it needs")
 
     script.Envs = lambda *_: recorder  # what the script's own evaluation plays in
@@ -237,4 +237,5 @@ def evaluate(args: Args) -> dict:
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # for tasks of one's own
     evaluate(tyro.cli(Args, description=__doc__))

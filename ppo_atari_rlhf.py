@@ -339,7 +339,7 @@ class Envs:
         self.finished: list[tuple[float, int]] = []  # true return and length of the episodes that have ended
 
     def reset(self, seed: int) -> np.ndarray:
-        self.finished.clear()  # a resumed run has not seen those of before
+        self.finished.clear()  # those of the initial phase: a resumed run has not seen them
         stacks, infos = self.games.reset(seed=seed)
         self.lives, self.history = infos["lives"], np.zeros(len(stacks), np.uint8)
         self.score, self.length = np.zeros(len(stacks)), np.zeros(len(stacks), int)
@@ -887,7 +887,7 @@ def adapt_l2(ensemble: RewardEnsemble) -> None:
     """Move each member's weight decay by 5 % towards a held-out / training loss within [1.1, 1.5] (section 2.2.3).
 
     The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5 and
-    the decay at its upper bound. Bounds of 1e-2 or 1e-1 destroy what the model has learned.
+    the decay at its upper bound. An upper bound of 1 destroys what the model has learned.
     """
     (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
     ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
@@ -1148,10 +1148,10 @@ def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarr
     for _ in range(args.num_steps):
         obs = torch.as_tensor(next_obs, device=args.device)
         action, logprob, _, value = agent.get_action_and_value(obs)[:4]
-        executed = action.cpu().numpy()
+        chosen = action.cpu().numpy()
         if camera:
-            camera.record(envs, executed)
-        next_obs, told = envs.step(executed)
+            camera.record(envs, chosen)
+        next_obs, told = envs.step(chosen)
         rows.append({"obs": obs, "actions": action, "logprobs": logprob, "values": value} | told)
     torch.set_num_threads(args.threads)
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, next_obs
@@ -1263,6 +1263,7 @@ def train(args: Args) -> dict:
             rollout, obs = roll_out(agent, envs, camera, obs, args)
             progress.global_step += args.batch_size
             pool.add(rollout, oracle_rewards_of(rollout, args), torch.full_like(rollout["values"], math.nan))
+            first_fresh = max(first_fresh, pool.first_row())
             missing = wanted - preferences.used - preferences.open
             # Pairs that the fresh rows have room for, if half of them end up in no clip
             room = (pool.count - first_fresh - args.clip_length) * args.num_envs // (4 * args.clip_length)

@@ -258,8 +258,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
                 fail(f"{flag} can't be changed beside --resume: begin a new run")
     if args.labels is None:
         args.labels = 0 if args.true_reward else 700
+    task = make_task(args.env_id)
+    if task.spec.id in SEGMENT_LENGTH:  # one of the paper's: to Gymnasium, Hopper is Hopper-v5
+        args.env_id = task.spec.id
     if args.segment_length is None:  # the paper's, or 1.5 s within the range of its tasks
-        steps = round(1.5 / make_task(args.env_id).unwrapped.dt)
+        steps = round(1.5 / task.unwrapped.dt)
         args.segment_length = SEGMENT_LENGTH.get(args.env_id, int(np.clip(steps, 15, 60)))
     if args.eval_episodes is None:
         args.eval_episodes = 100 if args.env_id == "Reacher-v5" else 10
@@ -298,11 +301,12 @@ def make_task(env_id: str, **kwargs) -> gym.Env:
     """The task as Gymnasium has it, but without a time limit, and in Ant without contact forces: 27 numbers."""
     if env_id == "Ant-v5":
         kwargs["include_cfrc_ext_in_observation"] = False
-    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute, as told at every start
+    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute
     try:
         task = gym.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:  # Gymnasium's, which names what is near, or of somebody's own module
         fail(f"{env_id} can't be made: {error}")
+    mujoco.set_mju_user_warning(None)  # a simulation that gets unstable tells so
     if not isinstance(task.unwrapped, MujocoEnv):
         fail(f"{env_id} is not a MuJoCo task, as Hopper-v5 is one")
     if not (task.action_space.low < task.action_space.high).all():
@@ -351,7 +355,7 @@ class Envs:
         self.finished: list[tuple[float, int]] = []  # true return and length of the episodes that have ended
 
     def reset(self, seed: int) -> np.ndarray:
-        self.finished.clear()  # a resumed run has not seen those of before
+        self.finished.clear()  # those of the initial phase: a resumed run has not seen them
         self.left = np.full(len(self.tasks), self.episode)  # steps to the end of each episode
         self.score, self.length = np.zeros(len(self.tasks)), np.zeros(len(self.tasks), int)
         return np.stack([task.reset(seed=seed + i)[0] for i, task in enumerate(self.tasks)]).astype(np.float32)
@@ -363,8 +367,8 @@ class Envs:
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, dict]:
         """Observations, and (N, ...) each: executed, the actions within bounds; led_to, the observation that the step
-        led to, which is not the next one where the episode ended; and, for oracle, baseline, evaluation and log only,
-        env_rewards."""
+        led to, which is not the next one where the episode ended; ended, by its time limit; and, for oracle, baseline,
+        evaluation and log only, env_rewards."""
         executed = actions.clip(self.low, self.high)
         led_to, rewards = np.empty((len(actions), self.num_obs), np.float32), np.empty(len(actions))
         for i, robot in enumerate(self.robots):
@@ -404,7 +408,7 @@ class Camera:
         named = {"camera_name": "track"} if self.follows else {}
         named |= {"width": CLIP["width"], "height": CLIP["height"]}
         self.robot = make_task(args.env_id, render_mode="rgb_array", **named).unwrapped
-        if self.follows:  # the question names the orange torso; without squares on the floor a picture has a third
+        if self.follows:  # the question names the orange torso; without the floor's squares a picture has a third
             geoms = self.robot.model
             geoms.geom_matid[:] = -1
             geoms.geom_rgba[geoms.geom_bodyid == 1] = (1, 0.35, 0, 1)
@@ -412,7 +416,7 @@ class Camera:
         self.robot.reset()
         self.robot.render()
         for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.robot.mujoco_renderer.viewer.scn.flags[effect] = 0  # four fifths of the time
+            self.robot.mujoco_renderer.viewer.scn.flags[effect] = 0  # they take four fifths of the time to draw
 
     def record(self, envs: Envs, actions: np.ndarray):
         states = [np.concatenate([robot.data.qpos, robot.data.qvel]) for robot in envs.robots[: self.num_envs]]
@@ -879,7 +883,7 @@ def policy_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, va
 # ---- Updates ---------------------------------------------------------------------------------------------------------
 def update_policy(agent, optimizer, rollout, rng, args: Args) -> dict:
     """Passes in minibatches over a rollout: observations, actions, logprobs, advantages, returns and values, each
-    (T N, ...). None after one that went further than target_kl. Out: means of what was logged, as tensors."""
+    (T N, ...). They end after one of mean KL divergence over target_kl. Out: means of what was logged, as tensors."""
     *_, b_returns, b_values = rollout
     logged = []
     for _ in range(args.update_epochs):
@@ -932,7 +936,7 @@ def adapt_l2(ensemble: RewardEnsemble) -> None:
     """Move each member's weight decay by 5 % towards a held-out / training loss within [1.1, 1.5] (section 2.2.3).
 
     The paper gives neither step nor start nor bounds. Few labels, seen hundreds of times, keep the ratio above 1.5 and
-    the decay at its upper bound. Bounds of 1e-2 or 1e-1 destroy what the model has learned.
+    the decay at its upper bound. An upper bound of 1 destroys what the model has learned.
     """
     (held_out_loss, _, held_out_labels), (train_loss, _, train_labels) = ensemble.decisive
     ratio = (held_out_loss / held_out_labels) / (train_loss / train_labels)  # NaN while a side is empty: no move
@@ -1194,10 +1198,10 @@ def roll_out(agent: Agent, envs: Envs, camera: Camera | None, next_obs: np.ndarr
     for _ in range(args.num_steps):
         obs = torch.as_tensor(next_obs, device=args.device)
         action, logprob, _, value = agent.get_action_and_value(obs)[:4]
-        executed = action.cpu().numpy()
+        chosen = action.cpu().numpy()
         if camera:
-            camera.record(envs, executed)
-        next_obs, told = envs.step(executed)
+            camera.record(envs, chosen)
+        next_obs, told = envs.step(chosen)
         rows.append({"obs": obs, "actions": action, "logprobs": logprob, "values": value} | told)
     torch.set_num_threads(args.threads)
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, next_obs
@@ -1300,6 +1304,7 @@ def train(args: Args) -> dict:
             rollout, obs = roll_out(agent, envs, camera, obs, args)
             progress.global_step += args.batch_size
             pool.add(rollout, rollout["env_rewards"], torch.full_like(rollout["values"], math.nan))
+            first_fresh = max(first_fresh, pool.first_row())
             missing = wanted - preferences.used - preferences.open
             # Pairs that the fresh rows have room for, if half of them end up in no clip
             room = (pool.count - first_fresh - args.clip_length) * args.num_envs // (4 * args.clip_length)
@@ -1341,7 +1346,7 @@ def train(args: Args) -> dict:
             pred_rewards = ensemble.normalise(raw, args.reward_std).view_as(values)
             pool.add(rollout, rollout["env_rewards"], pred_rewards)
 
-        # 4. Update the policy. At a time limit the value of the state that the step led to: the next row is a reset's
+        # 4. Update the policy. next_values are of led_to, not of the next row: after an end that is a reset's
         dones = rollout["ended"].to(values)
         with torch.no_grad():
             next_values = agent.get_value(rollout["led_to"].to(args.device).flatten(0, 1)).view_as(values)
@@ -1428,6 +1433,7 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # for tasks of one's own, whichever copy of this script runs
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # no terminal's encoding ends a run
     args = parse_args()

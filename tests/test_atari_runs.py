@@ -523,6 +523,20 @@ def test_people_are_waited_for_and_all_labels_are_used(tmp_path, toy):
     assert json.loads((only(tmp_path) / "status.json").read_text())["phase"] == "finished"
 
 
+def test_initial_pairs_that_replace_skipped_ones_are_of_rows_that_are_still_there(tmp_path, toy):
+    """While people answer one more rollout is played, and the next one's rows push the last questions' out."""
+    fresh, select = [], script.select_pairs
+    toy.setattr(script, "select_pairs", lambda *given: fresh.append(given[3] >= given[1].first_row()) or select(*given))
+
+    def answer_while_waiting(seconds):
+        people(only(tmp_path), lambda n, a, b: None if n % 3 == 0 else float(a > b))
+
+    toy.setattr(script.time, "sleep", answer_while_waiting)
+    flags = ["--num-steps", "100", "--total-timesteps", "400", "--labels", "40", "--no-wait-for-labels"]
+    run(tmp_path, "--human", *flags)
+    assert len(fresh) >= 3 and all(fresh)
+
+
 def test_a_resumed_run_of_people_keeps_every_answer_and_its_open_pairs(tmp_path, toy):
     """Killed while it waits: what was answered meanwhile counts, what is open stays open, nothing is asked twice."""
     calls = []

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import ppo_mujoco_rlhf as script
-import slider  # noqa: F401, registers Slider-v0
+import slider
 from runs import REFUSED, Killed, answer_open, answers, ended, kill, only, refused_here
 
 ROOT = Path(script.__file__).parent
@@ -144,6 +144,24 @@ def test_a_run_counts_right_and_writes_what_it_promises(tmp_path, quick):
         "args", "checkpoint", "summary", "preferences", "events", "run", "ppo_mujoco_rlhf",
     }  # fmt: skip
     assert (run_dir / "ppo_mujoco_rlhf.py").read_text() == Path(script.__file__).read_text()
+
+
+def test_a_task_without_its_version_is_the_papers():
+    """Gymnasium makes Hopper-v5 of it; the paper's reward, clips and angles go by that name."""
+    with pytest.warns(UserWarning, match="Hopper-v5"):
+        args = script.parse_args(["--oracle", "--env-id", "Hopper"])
+    assert (args.env_id, args.segment_length) == ("Hopper-v5", 60)
+
+
+def test_an_unstable_simulation_tells_so(tmp_path, monkeypatch, capfd):
+    """What HalfCheetah's model says at every start is muted, and nothing else."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log there
+    envs = script.Envs(script.parse_args(["--true-reward", "--env-id", "HalfCheetah-v5"]), 1)
+    envs.reset(0)
+    assert not capfd.readouterr().err
+    envs.robots[0].data.qvel[:] = 1e12
+    envs.step(np.zeros((1, 6)))
+    assert "The simulation is unstable" in capfd.readouterr().err
 
 
 def test_the_summary_has_the_columns_of_the_results(tmp_path, quick):
@@ -645,6 +663,7 @@ def test_a_run_of_people_that_is_resumed_in_its_initial_phase_asks_about_other_c
             "fewer than two steps for each",
         ),
         (["--oracle", "--env-id", "Hoper-v5"], "Hopper"),
+        (["--oracle", "--env-id", "Hoper-v5", "--segment-length", "60"], "Hopper"),
         (["--oracle", "--env-id", "CartPole-v1"], "not a MuJoCo task"),
         (["--oracle", "--env-id", "Pendulum-v1"], "not a MuJoCo task"),
         (["--oracle", "--env-id", "ALE/Pong-v5"], "ALE/Pong-v5"),
@@ -760,10 +779,14 @@ def test_people_get_a_sentence_where_nothing_can_be_drawn(tmp_path, renderer):
 
 
 def test_a_copy_of_the_script_is_a_script_of_its_own_and_training_needs_nothing_that_draws(tmp_path):
-    shutil.copy(script.__file__, tmp_path / "my_ppo.py")
+    """It finds a task of one's own in the folder where it was started, as the copy in a run directory must, too."""
+    (tmp_path / "copies").mkdir()
+    shutil.copy(script.__file__, tmp_path / "copies" / "my_ppo.py")
+    shutil.copy(slider.__file__, tmp_path / "lab.py")
     flags = [*SMALL, "--oracle", "--labels", "4", "--total-timesteps", "640", "--runs-dir", str(tmp_path / "runs")]
-    command, environment = [sys.executable, str(tmp_path / "my_ppo.py"), *flags], os.environ | {"MUJOCO_GL": "foo"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, str(tmp_path / "copies" / "my_ppo.py"), *flags, "--env-id", "lab:Slider-v0"]
+    environment = os.environ | {"MUJOCO_GL": "foo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     run_dir = only(tmp_path / "runs")
     assert "__my_ppo__" in run_dir.name and (run_dir / "my_ppo.py").exists()

@@ -123,7 +123,7 @@ def test_the_numbers_in_the_readmes_table_are_those_of_the_rows():
     robots, games = draw.read_csv(ROOT / "results" / "mujoco.csv"), draw.read_csv(ROOT / "results" / "atari.csv")
     side_by_side = draw.of_one_budget(draw.plain(robots))
     budgets = [int(row["total_timesteps"]) for row in side_by_side if row["total_timesteps"]]
-    steps = f"{min(budgets) / 1e6:.1f}M to {max(budgets) / 1e6:.0f}M"
+    steps = f"{round(min(budgets) / 1e6, 1):g}M to {max(budgets) / 1e6:.0f}M"
     expected = []
     for labels, scores in sorted(draw.normalised_scores(robots).items(), key=lambda item: int(item[0])):
         mean, paper = np.mean([np.mean(seeds) for seeds in scores.values()]), draw.PAPER_NORMALISED[labels]

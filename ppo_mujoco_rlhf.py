@@ -301,12 +301,11 @@ def make_task(env_id: str, **kwargs) -> gym.Env:
     """The task as Gymnasium has it, but without a time limit, and in Ant without contact forces: 27 numbers."""
     if env_id == "Ant-v5":
         kwargs["include_cfrc_ext_in_observation"] = False
-    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an outdated attribute
+    mujoco.set_mju_user_warning(lambda _: None)  # of all kinds: HalfCheetah's model has an outdated attribute
     try:
         task = gym.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:  # Gymnasium's, which names what is near, or of somebody's own module
         fail(f"{env_id} can't be made: {error}")
-    mujoco.set_mju_user_warning(None)  # a simulation that gets unstable tells so
     if not isinstance(task.unwrapped, MujocoEnv):
         fail(f"{env_id} is not a MuJoCo task, as Hopper-v5 is one")
     if not (task.action_space.low < task.action_space.high).all():

@@ -1311,7 +1311,7 @@ def test_sigkill_loses_and_doubles_no_answer(tmp_path):
         result = storm(server, 2, random.Random(0), pause=(0.2, 0.8))
     finally:
         server.kill()
-    assert result.pop("acknowledged") > 1  # on a machine that does other things too
+    assert result.pop("acknowledged") > 5  # on a machine that does other things too
     result.pop("undone")
     assert result == {"kills": 2} | dict.fromkeys(result.keys() - {"kills"}, 0)
 
@@ -1395,7 +1395,7 @@ def test_what_a_start_prints_and_leaves(tmp_path):
             assert connection.getresponse().read()
             times.append(time.perf_counter() - started)
         connection.close()
-        assert min(times) < 0.04
+        assert np.median(times) < 0.03
         for name in ("tokens", "sqlite"):
             assert stat.S_IMODE((tmp_path / "runs" / f"label_server.{name}").stat().st_mode) == 0o600
         again = [sys.executable, label_server.__file__, "--port", "0", "--runs-dir", str(tmp_path / "runs")]

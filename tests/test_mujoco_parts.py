@@ -557,7 +557,7 @@ def test_a_mean_out_of_bounds_comes_back_and_one_within_is_left_alone():
     assert logged["out_of_bounds"] == pytest.approx(4, abs=0.5)
 
 
-def test_the_entropy_bonus_is_the_papers():
+def test_the_entropy_bonus_is_the_papers_but_in_swimmer():
     """A.1: 0.01, only when the predictor pays; in Swimmer 0.03, not the paper's 0.001."""
     for task, coef in (("Hopper-v5", 0.01), ("Swimmer-v5", 0.03), ("Pusher-v5", 0.01)):
         assert make_args("--env-id", task).ent_coef == coef

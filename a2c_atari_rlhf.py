@@ -1243,6 +1243,8 @@ def train(args: Args) -> dict:
         print(f"nothing on the screen of {args.env_id} is hidden, since where its score stands is not known")
     started = time.monotonic() - progress.wall_seconds
     tell("initial" if is_new else "training", preferences, progress, args)
+    if camera and is_new:
+        print("the first clips are being drawn: start label_server.py in the same directory", flush=True)
 
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
     if is_new and not args.true_reward:
@@ -1355,7 +1357,8 @@ def train(args: Args) -> dict:
             print(line, *(f" {name} {scalars[key]:.4g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             if scalars.get("labels/ties", 0) > 0.9:
                 print("warning: nine of ten labels are ties, which teach little")
-            if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
+            # Of fewer labels too few are held out to tell
+            if scalars.get("reward_model/accuracy_heldout", 1) < 0.55 and len(preferences.labels) >= 200:
                 print("warning: the reward model judges by chance")
             if scalars["losses/entropy"] < 0.05:
                 print("warning: the policy's entropy is near zero: it has stopped exploring")

@@ -747,7 +747,7 @@ def wait_for(store: Store, run: Run) -> tuple[float, str]:
         return seconds, f"All {run.labels} labels that the agent asked for are in. Thank you! {end}"
     if count:
         whose = "The only open pair is" if count == 1 else f"All {count} open pairs are"
-        return seconds, f"{whose} with others at the moment. {then}"
+        return seconds, f"{whose} with others at the moment, or in a window that was closed. {then}"
     if status.wanted is not None:
         return GRACE, f"All open pairs are answered. The agent goes on with them {about(GRACE)}."
     if status.phase == "pretraining":

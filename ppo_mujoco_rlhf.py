@@ -433,8 +433,10 @@ class Camera:
         return np.stack(frames)
 
     def add_marks(self):
-        """To the next picture: a line across the floor at every metre, and an arrow to the right."""
+        """To the next picture: a line across the floor at every metre, and an arrow to the right. The floor goes along:
+        its edge is 20 or 40 metres from the start."""
         add, (x, y, _) = self.robot.mujoco_renderer.viewer.add_marker, self.robot.data.xpos[1]
+        self.robot.data.geom_xpos[self.robot.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, :2] = x, y
         for metre in range(round(x) - 3, round(x) + 4):
             line = {"pos": (metre, y, 0), "size": (0.02, 1, 0.001), "rgba": (0.55, 0.6, 0.6, 1)}
             add(type=mujoco.mjtGeom.mjGEOM_BOX, **line)
@@ -1291,6 +1293,8 @@ def train(args: Args) -> dict:
         print(f"{args.env_id} is not one of the paper's tasks: its own reward, and clips of {args.clip_length} steps")
     started = time.monotonic() - progress.wall_seconds
     tell("initial" if is_new else "training", preferences, progress, args)
+    if camera and is_new:
+        print("the first clips are being drawn: start label_server.py in the same directory", flush=True)
 
     # 1. Roll the untrained policy out, ask about L(0) pairs of its segments, fit the ensemble to the answers
     if is_new and not args.true_reward:
@@ -1405,7 +1409,8 @@ def train(args: Args) -> dict:
             print(line, *(f" {name} {scalars[key]:.4g}" for name, key in SHOWN.items() if key in scalars), flush=True)
             if scalars.get("labels/ties", 0) > 0.9:
                 print("warning: nine of ten labels are ties, which teach little")
-            if scalars.get("reward_model/accuracy_heldout", 1) < 0.55:
+            # Of fewer labels too few are held out to tell
+            if scalars.get("reward_model/accuracy_heldout", 1) < 0.55 and len(preferences.labels) >= 200:
                 print("warning: the reward model judges by chance")
         progress.scalars |= scalars
         log(scalars)

@@ -402,6 +402,16 @@ def test_where_the_camera_follows_people_see_an_orange_torso_and_marks_on_the_fl
             assert np.allclose(np.reshape(drawn[7]["mat"], (3, 3)) @ (0, 0, 1), (1, 0, 0))  # it points to the right
 
 
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Ant-v5"])
+def test_the_floor_is_drawn_as_far_as_a_robot_runs(env_id):
+    """A model's own ends after 20 or 40 metres: beyond its edge the robot ran over the sky."""
+    camera = script.Camera(make_args("--env-id", env_id), 1, rows=2)
+    start = np.concatenate([camera.robot.init_qpos, camera.robot.init_qvel])
+    camera.kept = [[start], [start + 300 * (np.arange(len(start)) == 0)]]
+    near, far = camera.frames(0, -2, 2).astype(int)
+    assert np.abs(near - far).mean() < 1 and len(np.unique(near)) > 50
+
+
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Swimmer-v5", "Ant-v5"])
 def test_a_pair_of_clips_loads_quickly(env_id):
     """At most 150 kB, also while the robot is thrown about."""

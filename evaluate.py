@@ -203,7 +203,6 @@ def evaluate(args: Args) -> dict:
     except (Exception, SystemExit) as error:  # a task of one's own that takes no size of a picture ends so
         print(f"no video: nothing can be drawn here ({error.__class__.__name__}); Debian's libegl1 has what it needs")
 
-    print(f"{used.eval_episodes} episodes are played, then the first is drawn: a minute or a few", flush=True)
     script.Envs = lambda *_: recorder  # what the script's own evaluation plays in
     scores = script.evaluate(agent, used, used.seed)
     series = recorder.series(script, None if used.true_reward else ensemble, used)

@@ -16,7 +16,7 @@ A pair is a file, preferences/<number>.npz in the run's directory; an answer is 
 oracle appends that line at once, label_server.py when somebody has looked.
 
     python ppo_atari_rlhf.py --oracle --labels 40 --total-timesteps 20000   # some minutes
-    python ppo_atari_rlhf.py --oracle --labels 5500    # Pong, 10M steps: 4.5 hours on two CPU cores
+    python ppo_atari_rlhf.py --oracle --labels 5500    # Pong, 10M steps: 3 to 12 hours on two CPU cores
     python ppo_atari_rlhf.py --human --labels 5500     # people answer; beside it: python label_server.py
     python ppo_atari_rlhf.py --true-reward             # the same learner on the same observations, paid by the score
 

@@ -321,8 +321,8 @@ def test_a_connection_that_hangs_is_given_up(world, visit):
     one = visit()
     one.wait()
     one.page.wait_for_function(READY)
-    one.page.evaluate("const inFact = AbortSignal.timeout; AbortSignal.timeout = () => inFact.call(AbortSignal, 1000)")
-    hung = []
+    one.page.evaluate("const inFact = AbortSignal.timeout; AbortSignal.timeout = () => inFact.call(AbortSignal, 500)")
+    hung = []  # each for half a second, and the page tries again after 3 s; `do` waits 8 s
     for path in ("answers", "claim"):
         one.page.route(f"**/api/{path}", lambda route: hung.append(route), times=1)
     for _ in range(5):

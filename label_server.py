@@ -41,6 +41,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import numpy as np
 import sqlalchemy as sa
@@ -449,18 +450,18 @@ class Store:
 def look(store: Store, args: Args) -> None:
     """Look at every run of people, take up its new pairs and answers."""
     seen = {}
-    for folder in sorted(path for path in store.runs_dir.iterdir() if (path / "args.json").exists()):
-        if folder.name in store.others:
-            continue
+    for folder in sorted(store.runs_dir.iterdir()):
         try:
+            if folder.name in store.others or not (folder / "args.json").exists():
+                continue
             run = store.runs.get(folder.name) or open_run(folder)
             if not run:
                 store.others.add(folder.name)
                 continue
             seen[run.name] = run
             look_into(store, run, args)
-        except (OSError, ValueError, sa.exc.DBAPIError) as error:
-            store.tell(f"{folder}: {error}")
+        except Exception as error:  # whatever is wrong with one folder, the others go on
+            store.tell(f"{folder}: {error if isinstance(error, (OSError, ValueError)) else repr(error)}")
     store.runs = seen
     with store.lock:
         release(store)
@@ -719,7 +720,7 @@ def set_mark(store: Store, name: str, mark: str, on: bool) -> None:
 # ---- Progress: what the page tells people ----------------------------------------------------------------------------
 def seconds_until(store: Store, run: Run, name: str, goal: float) -> float:
     """When a number of status.json reaches its goal, at the pace of this phase; infinity if that can't be told."""
-    numbers = [(at, getattr(status, name)) for at, status in run.history]
+    numbers = [(at, getattr(status, name)) for at, status in list(run.history)]
     if len(numbers) < 2 or None in (numbers[0][1], numbers[-1][1]) or run.status.wanted is not None:
         return math.inf
     (since, first), (at, last) = numbers[0], numbers[-1]
@@ -775,10 +776,10 @@ def describe_wait(store: Store, who: str, name: str | None) -> dict:
         return {"notice": "The training program is not running at the moment. This page goes on by itself when it is."}
     used, mine = count_labels(store, last), count_labels(store, last, who)
     told = {"notice": f"The run is over: {used} of {last.labels} labels were used, {mine} of them yours. Thank you!"}
-    seen = [number for number in sorted(last.lines) if picture_path(last, number, 0).exists()]
-    if seen:
-        clips = [f"{seen[0]}/0", f"{seen[-1]}/{int(last.lines[seen[-1]]['mu'] == 0)}"]
-        told |= {"clip": last.clip, "films": [f"api/clips/{last.name}/{clip}" for clip in clips]}
+    own = sorted(number for number, line in last.lines.items() if not line.get("loaded"))
+    if own:
+        clips = [f"{own[0]}/0", f"{own[-1]}/{int(last.lines[own[-1]]['mu'] == 0)}"]
+        told |= {"clip": last.clip, "films": [f"api/clips/{quote(last.name)}/{clip}" for clip in clips]}
     return told
 
 
@@ -1057,7 +1058,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     def describe(one: Serving, with_sums: bool) -> dict:
         """A serving as the page gets it; who may label does not learn the true sums."""
         run = find_run(store, one.run)
-        left, right = (f"api/clips/{one.run}/{one.pair}/{int(side != one.swapped)}" for side in (False, True))
+        left, right = (f"api/clips/{quote(one.run)}/{one.pair}/{int(side != one.swapped)}" for side in (False, True))
         told = {"serving": one.id, "left": left, "right": right, "clip": run.clip, "task": run.env_id, "run": run.name}
         told["instructions"] = instructions.get(run.env_id, instructions["general"])
         sums = one.sums or [None, None]
@@ -1266,7 +1267,7 @@ async function refusal(reply, ...codes) {
 }
 
 async function load(url) {
-  const reply = await ask(url);
+  const reply = await ask(url, {signal: AbortSignal.timeout(6 * TIMEOUT)});  // a slow line has six to fetch
   if (!reply.ok) throw Object.assign(new Error(reply.status), {isGone: await refusal(reply, 404, 410)});
   return createImageBitmap(await reply.blob());
 }
@@ -1405,7 +1406,9 @@ function render() {
   const [words, parent] = $("notice").children;
   words.textContent = problem?.[1]
     || (offline ? "The server can't be reached. This page tries again by itself; your answers are kept."
-    : held.length ? "Two clips are on their way to you." : labeller ? told.notice : "");
+    : held.length ? "Two clips are on their way to you." : !labeller ? ""
+    : isIdle() && Object.values(told.runs).some(({open}) => open)
+    ? "Are you still there? Press a key, or touch this page." : told.notice);
   if (parent.dataset.films === films.join()) return;
   parent.dataset.films = films.join();
   showFilms(parent, films, ["at the start", "at the end"], clip);
@@ -1484,7 +1487,8 @@ async function converse() {
 async function sendAnswers() {
   for (const [key, {url, body}] of out) {  // in order: an undoing after its answer
     const reply = await post(url, body, {keepalive: true});
-    const why = reply.ok ? "" : await refusal(reply, 404, 409, 410, 422);
+    // Only JSON is this server's word: a captive portal or a login page says 200 too
+    const why = reply.ok ? (await reply.json(), "") : await refusal(reply, 404, 409, 410, 422);
     if (await refusal(reply, 401, 403)) return;  // until the right link was opened
     if (!reply.ok && !why) throw new Error(reply.status);
     // Its run is away, or another server is at this address: an answer and its undoing are kept
@@ -1502,7 +1506,7 @@ async function sendAnswers() {
 
 // Prolong the pairs that are here, drop those that somebody else answered or whose run has stopped, ask for another
 async function claim() {
-  const asked = labeller || null, away = document.hidden || performance.now() - touchedAt > IDLE;
+  const asked = labeller || null, away = document.hidden || isIdle();
   const have = away ? [] : held.map(({pair}) => pair.serving), want = !away && held.length <= AHEAD;
   const reply = await post("api/claim", {labeller: asked, held: have, want, run: link});
   if (await refusal(reply, 401, 403)) {
@@ -1545,8 +1549,9 @@ async function comeBack() {  // others may have been given the pairs by now: thi
   shownAt = performance.now();
 }
 
+const isIdle = () => performance.now() - touchedAt > IDLE;
 function touch() {
-  if (performance.now() - touchedAt > IDLE) comeBack();
+  if (isIdle()) comeBack();
   touchedAt = performance.now();
 }
 

@@ -301,6 +301,25 @@ def test_an_empty_queue_goes_on_by_itself(world, visit):
     assert len(world.journal()) == 2
 
 
+def test_who_went_away_from_an_empty_queue_is_called_back(world, visit):
+    one = visit()
+    one.wait("waiting")
+    one.page.evaluate("touchedAt = -IDLE - 1")
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('as soon as a trainer')")
+    put(world, 1)
+    one.page.wait_for_function("() => document.querySelector('#notice').innerText.includes('Are you still there?')")
+    one.page.keyboard.press("Shift")
+    one.wait()
+
+
+def test_a_run_may_have_any_name(world, visit):
+    run, _ = put(world, 2, world.run("hopper #2?", clip=CLIP))
+    one = visit()
+    one.do(lambda: one.page.keyboard.press("ArrowLeft"))
+    one.sent()
+    assert [event["run"] for event in world.journal()] == [run.folder.name]
+
+
 def test_an_answer_that_the_server_could_not_take_is_sent_again(world, visit):
     put(world, 2)
     one, refused = visit(), []
@@ -332,7 +351,14 @@ def test_a_connection_that_hangs_is_given_up(world, visit):
     assert len(world.journal()) == 5
 
 
-def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": 404, "content_type": "text/plain", "body": "404 page not found"},
+        {"status": 200, "content_type": "text/html", "body": "<html>Log in to use this Wi-Fi</html>"},
+    ],
+)
+def test_what_answers_in_place_of_the_server_costs_no_answer(world, visit, answer):
     put(world, 6)
     one, away = visit(), True
     one.wait()
@@ -340,7 +366,7 @@ def test_a_proxy_whose_server_is_away_costs_no_answer(world, visit):
 
     def fail_while_away(route):
         if away:
-            route.fulfill(status=404, content_type="text/plain", body="404 page not found")
+            route.fulfill(**answer)
         else:
             route.continue_()
 
@@ -961,6 +987,23 @@ def test_a_slow_line_is_told_and_keeps_no_claim_waiting(world, visit):
     for route in pictures:
         route.continue_()
     one.wait()
+
+
+def test_pictures_may_take_longer_than_answers(world, visit):
+    put(world, 9)
+    one, pictures = visit(path="/nowhere"), []
+    one.page.wait_for_timeout(300)
+    one.problems.clear()
+    faster = "const inFact = AbortSignal.timeout; AbortSignal.timeout = (ms) => inFact.call(AbortSignal, ms / 10)"
+    one.page.add_init_script(faster)
+    one.page.route("**/api/clips/**", lambda route: pictures.append(route))
+    one.page.goto(world.url + LINK)
+    one.page.wait_for_function("() => held.length === 3")
+    one.page.wait_for_timeout(5000)  # of the 12 s that the page allows them here; answers have 2 s
+    assert len(pictures) == 6
+    for route in pictures:
+        route.continue_()
+    one.page.wait_for_function(READY)
 
 
 def test_pictures_that_are_gone_are_not_waited_for(world, visit):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -117,6 +118,29 @@ def test_a_damaged_run_is_told_once_and_passed_over(world, capsys, text, message
     assert "args.json is damaged, or of the first version" in told
     assert message in told
     assert told.count("\n") == 1
+    assert world.claim()["pair"] == number
+
+
+def test_whatever_is_wrong_with_one_folder_the_others_go_on(world, capsys, monkeypatch):
+    (world.folder / "lost+found").mkdir()
+    in_fact = Path.exists
+
+    def exists(path):
+        if "lost+found" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return in_fact(path)
+
+    monkeypatch.setattr(Path, "exists", exists)  # root may read everything
+    endless = world.folder / "endless"
+    endless.mkdir()
+    told = {"args": {"human": True, "env_id": "Hopper-v5", "labels": math.inf}, "clip": CLIP}
+    (endless / "args.json").write_text(json.dumps(told))
+    torn = world.run("a torn one")
+    (torn.folder / "preferences" / "pending.jsonl").write_text('{"id": "x"}\n')
+    number = world.ask(world.run())
+    world.look()
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1].rsplit("/", 1)[1] for line in told] == ["a torn one", "endless", "lost+found"]
     assert world.claim()["pair"] == number
 
 

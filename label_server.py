@@ -271,6 +271,11 @@ def append(path: Path, rows: list[dict]) -> None:
         os.close(file)
 
 
+def clip_url(run: str, number: int, clip: int) -> str:
+    """Where the page gets a picture, relative to it. A run may have any name."""
+    return f"api/clips/{quote(run)}/{number}/{clip}"
+
+
 def picture_path(run: Run, number: int, clip: int) -> Path:
     return run.folder / "preferences" / f"{number:08d}.{clip}.webp"
 
@@ -778,8 +783,8 @@ def describe_wait(store: Store, who: str, name: str | None) -> dict:
     told = {"notice": f"The run is over: {used} of {last.labels} labels were used, {mine} of them yours. Thank you!"}
     own = sorted(number for number, line in last.lines.items() if not line.get("loaded"))
     if own:
-        clips = [f"{own[0]}/0", f"{own[-1]}/{int(last.lines[own[-1]]['mu'] == 0)}"]
-        told |= {"clip": last.clip, "films": [f"api/clips/{quote(last.name)}/{clip}" for clip in clips]}
+        films = [clip_url(last.name, own[0], 0), clip_url(last.name, own[-1], int(last.lines[own[-1]]["mu"] == 0))]
+        told |= {"clip": last.clip, "films": films}
     return told
 
 
@@ -1058,7 +1063,7 @@ def make_app(store: Store, tokens: dict[str, str], args: Args) -> FastAPI:
     def describe(one: Serving, with_sums: bool) -> dict:
         """A serving as the page gets it; who may label does not learn the true sums."""
         run = find_run(store, one.run)
-        left, right = (f"api/clips/{quote(one.run)}/{one.pair}/{int(side != one.swapped)}" for side in (False, True))
+        left, right = (clip_url(one.run, one.pair, int(side != one.swapped)) for side in (False, True))
         told = {"serving": one.id, "left": left, "right": right, "clip": run.clip, "task": run.env_id, "run": run.name}
         told["instructions"] = instructions.get(run.env_id, instructions["general"])
         sums = one.sums or [None, None]

@@ -133,8 +133,8 @@ def test_whatever_is_wrong_with_one_folder_the_others_go_on(world, capsys, monke
     monkeypatch.setattr(Path, "exists", exists)  # root may read everything
     endless = world.folder / "endless"
     endless.mkdir()
-    told = {"args": {"human": True, "env_id": "Hopper-v5", "labels": math.inf}, "clip": CLIP}
-    (endless / "args.json").write_text(json.dumps(told))
+    run = {"args": {"human": True, "env_id": "Hopper-v5", "labels": math.inf}, "clip": CLIP}
+    (endless / "args.json").write_text(json.dumps(run))
     torn = world.run("a torn one")
     (torn.folder / "preferences" / "pending.jsonl").write_text('{"id": "x"}\n')
     number = world.ask(world.run())
